@@ -1,0 +1,17 @@
+"""The errors that resa-hf raises for what a caller can mend. All are `ValueError`s."""
+
+
+class HookpointError(ValueError):
+    """No such hookpoint in the model; the message lists the valid ones."""
+
+
+class IncompatibleSAEError(ValueError):
+    """An SAE that cannot be read, or that does not fit the model or the hookpoint."""
+
+
+class IncompatibleAdapterError(ValueError):
+    """An adapter that does not fit the model; the message names the first tensor that differs."""
+
+
+class DataError(ValueError):
+    """Question-answer rows that cannot be used."""
