@@ -1,0 +1,145 @@
+"""The settings of Stage II, SAE-Tuning."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from ..precision import runnable_precision
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "sae_in": ("student", "teacher"),
+    "sae_gradient": ("flow", "stop"),
+    "kl_reference": ("base", "adapted", "source"),
+    "control": (None, "noise", "random_sae"),
+    "share_prefix": ("auto", "never"),
+}
+
+
+@dataclass
+class SAETuningConfig(SFTConfig):
+    # docstyle-ignore
+    r"""
+    Configuration of [`SAETuningTrainer`]: [`~trl.SFTConfig`] with other defaults (learning rate 1e-6, constant; 2,048
+    tokens a sequence, packing `wrapped`, loss on all tokens; bf16 where the device has it) and these fields.
+
+    The method is SAE-Tuning, huggingface.co/papers/2506.09967. Where its text and its released code differ, the field says so.
+
+    Args:
+        sae (`str`, *optional*):
+            Hub repo or folder of the SAE. `"none"` means `None`.
+        sae_id (`str`, *optional*):
+            Which SAE of a repo that holds several, for example `"layers.12"`.
+        sae_revision (`str`, *optional*):
+            Revision of the repo.
+        hookpoint (`int` or `str`, *optional*):
+            Where the SAE is spliced in. `None`: the SAE's own hookpoint.
+        allow_hookpoint_mismatch (`bool`, *optional*, defaults to `False`):
+            Allow an SAE at another hookpoint than its own; warns with the FVU measured there.
+        sae_in (`str`, *optional*, defaults to `"student"`):
+            The forward that the SAE is spliced into: `"student"` or `"teacher"`.
+        sae_gradient (`str`, *optional*, defaults to `"flow"`):
+            `"flow"`: the gradient passes through the frozen SAE, so layers below learn too (the paper's text). `"stop"`: it
+            ends at the SAE (the released code); adapters at or below a decoder-layer hookpoint then never move.
+        kl_reference (`str`, *optional*, defaults to `"base"`):
+            The teacher: `"base"`, all adapters off; `"adapted"`, the same adapter without the SAE; `"source"`, another model.
+        kl_beta (`float`, *optional*, defaults to `0.0`):
+            0 is KL(teacher || student) (the released code), 1 is KL(student || teacher) (the paper's D(y~, y)), in between
+            TRL's generalised Jensen-Shannon divergence.
+        kl_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides both logits. There is no T^2 factor.
+        kl_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the divergence.
+        sft_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the cross-entropy on the text, from the same student forward.
+        control (`str`, *optional*):
+            What stands in for the SAE: `"noise"`, a fresh random direction at every token with the norm of the SAE's
+            reconstruction error there; `"random_sae"`, an untrained SAE of the same shape whose error is scaled to the
+            SAE's norm at every token. Both need the SAE.
+        exclude_special_tokens (`bool`, *optional*):
+            Let special tokens pass the SAE untouched. `None`: as the SAE was trained, by its metadata.
+        share_prefix (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`: run the layers up to the hookpoint once for teacher and student where that is exact (`sae_gradient`
+            `"stop"`, a decoder-layer hookpoint, SAE in the student, teacher `"base"`, adapters below at zero, no dropout in
+            the model); `"never"`.
+
+    Raises:
+        `ValueError`: for a wrong choice, or settings that contradict each other.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    max_length: int | None = field(default=2048, metadata={"help": "Tokens a sequence."})
+    packing: bool = field(default=True, metadata={"help": "Join documents and cut them to `max_length`."})
+    packing_strategy: str = field(default="wrapped", metadata={"help": "TRL's packing; `wrapped` is the paper's."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
+
+    sae: str | None = field(default=None, metadata={"help": "Hub repo or folder of the SAE; 'none' for none."})
+    sae_id: str | None = field(default=None, metadata={"help": "Which SAE of the repo, e.g. 'layers.12'."})
+    sae_revision: str | None = field(default=None, metadata={"help": "Revision of the SAE's repo."})
+    hookpoint: int | str | None = field(default=None, metadata={"help": "Where to splice; default: the SAE's own."})
+    allow_hookpoint_mismatch: bool = field(
+        default=False, metadata={"help": "Allow an SAE at another hookpoint than its own; warns with the FVU there."}
+    )
+    sae_in: str = field(default="student", metadata={"help": "Forward with the SAE: 'student' or 'teacher'."})
+    sae_gradient: str = field(default="flow", metadata={"help": "Gradient through the SAE: 'flow' or 'stop'."})
+    kl_reference: str = field(default="base", metadata={"help": "The teacher: 'base', 'adapted' or 'source'."})
+    kl_beta: float = field(default=0.0, metadata={"help": "0 is KL(teacher||student), 1 is KL(student||teacher)."})
+    kl_temperature: float = field(default=1.0, metadata={"help": "Divides both logits; there is no T^2 factor."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
+    sft_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the text."})
+    control: str | None = field(
+        default=None, metadata={"help": "What stands in for the SAE: 'noise', 'random_sae', or 'none'."}
+    )
+    exclude_special_tokens: bool | None = field(
+        default=None, metadata={"help": "Special tokens pass the SAE untouched; default: as the SAE was trained."}
+    )
+    share_prefix: str = field(
+        default="auto", metadata={"help": "'auto': run the shared layers once where that is exact; 'never'."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("sae", "sae_id", "sae_revision", "hookpoint", "control"):
+            if str(getattr(self, name)).lower() in ("none", "null"):
+                setattr(self, name, None)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, choices))}.")
+        self._check_numbers()
+        self._check_contradictions()
+        for name, value in runnable_precision(self.bf16, self.fp16, self.use_cpu).items():
+            setattr(self, name, value)
+        super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        bounds: dict[str, tuple[float, float]] = {
+            "kl_beta": (0.0, 1.0),
+            "kl_weight": (0.0, float("inf")),
+            "sft_weight": (0.0, float("inf")),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between {low} and {high}.")
+        if not 0.0 < self.kl_temperature < float("inf"):
+            raise ValueError(f"kl_temperature is {self.kl_temperature}; it must be above 0.")
+        if self.kl_weight == 0 and self.sft_weight == 0:
+            raise ValueError("kl_weight and sft_weight are both 0: there is nothing to train on.")
+
+    def _check_contradictions(self) -> None:
+        if self.sae_in == "teacher" and self.sae_gradient == "stop":
+            raise ValueError("sae_gradient: stop has no meaning with sae_in: teacher, which always runs without gradient.")
+        if self.kl_weight == 0 and (self.sae_in == "teacher" or self.kl_reference != "base" or self.control is not None):
+            raise ValueError("kl_weight is 0, so there is no teacher: sae_in, kl_reference and control must be left alone.")
+
+    def check_sae(self, has_sae: bool) -> None:
+        """Checks what depends on whether there is an SAE, which may be given here or to the trainer.
+
+        Raises:
+            `ValueError`: for a control or a KL that needs an SAE that is not there.
+        """
+        if self.control is not None and not has_sae:
+            raise ValueError(f"control: {self.control} takes its size from an SAE's error, but `sae` is not set.")
+        if not has_sae and self.kl_weight > 0 and self.kl_reference != "source":
+            raise ValueError(
+                f"No SAE, kl_weight {self.kl_weight} and kl_reference {self.kl_reference!r}: teacher and student would be "
+                "the same model and the loss zero. Set `sae`, or kl_reference: source, or kl_weight: 0 with sft_weight."
+            )

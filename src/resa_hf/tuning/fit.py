@@ -1,0 +1,141 @@
+"""Whether an SAE fits the model and the hookpoint, found out before any training."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from ..errors import IncompatibleSAEError
+from ..hookpoints import backbone, capture, decoder_layers, hidden_states, hooked_module, resolve_hookpoint
+from ..modes import evaluating
+from ..sae.checkpoint import load_sae
+from .config import SAETuningConfig
+
+
+@runtime_checkable
+class DescribedSAE(Protocol):
+    """An SAE that says where it was trained, as `load_sae` returns it."""
+
+    d_in: int
+    hookpoint: str | None
+    metadata: dict[str, Any]
+
+
+@dataclass
+class PlacedSAE:
+    """An SAE and its place in the model.
+
+    Attributes:
+        module (`torch.nn.Module`): maps `[..., d_in]` to `[..., d_in]`.
+        hookpoint (`str`): canonical.
+        mismatch (`str` or `None`): the SAE's own hookpoint, where that is another one.
+        hands_tensor_through (`bool`): the hookpoint is a whole decoder layer that returns a tensor.
+        special_tokens (`torch.Tensor` or `None`): ids `[n]` at which positions pass the SAE untouched.
+    """
+
+    module: nn.Module
+    hookpoint: str
+    mismatch: str | None
+    hands_tensor_through: bool
+    special_tokens: torch.Tensor | None = None
+
+    def special_positions(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """`[batch, tokens]` -> `[batch, tokens]`, True where a position passes untouched; `None` if none ever does."""
+        if self.special_tokens is None:
+            return None
+        return torch.isin(input_ids, self.special_tokens.to(input_ids.device))
+
+
+def place_sae(model: nn.Module, args: SAETuningConfig, sae: str | nn.Module | None) -> PlacedSAE | None:
+    """Loads the SAE if need be, settles its hookpoint, and tries it on a few tokens.
+
+    Raises:
+        `HookpointError`: if the model has no such hookpoint.
+        `IncompatibleSAEError`: if the SAE is of another width, or of another hookpoint and that is not allowed.
+        `ValueError`: if `sae` and `args.sae` disagree.
+    """
+    module = _agreed(args, sae)
+    if module is None:
+        return None
+    own = module.hookpoint if isinstance(module, DescribedSAE) else None
+    wanted = own if args.hookpoint is None else args.hookpoint
+    if wanted is None:
+        raise IncompatibleSAEError("The SAE does not say where it was trained: set `hookpoint`.")
+    hookpoint = resolve_hookpoint(model, wanted)
+    mismatch = own if own is not None and resolve_hookpoint(model, own) != hookpoint else None
+    if mismatch is not None and not args.allow_hookpoint_mismatch:
+        raise IncompatibleSAEError(
+            f"The SAE was trained on {mismatch!r} and is to be spliced into {hookpoint!r}, whose activations it does not "
+            "know. Set `hookpoint` to its own, take another SAE, or set `allow_hookpoint_mismatch: true`."
+        )
+    path, _ = decoder_layers(model)
+    returns_tensor = _try(model, module, hookpoint)
+    whole_layer = hookpoint.removeprefix(f"{path}.").isdigit()
+    module.requires_grad_(False).eval()
+    return PlacedSAE(module, hookpoint, mismatch, whole_layer and returns_tensor)
+
+
+def _agreed(args: SAETuningConfig, sae: str | nn.Module | None) -> nn.Module | None:
+    if isinstance(sae, str):
+        if args.sae not in (None, sae):
+            raise ValueError(f"The trainer was given the SAE {sae!r} and its args name {args.sae!r}: name one.")
+        return load_sae(sae, args.sae_id, revision=args.sae_revision)
+    if args.sae is None:
+        return sae
+    named = load_sae(args.sae, args.sae_id, revision=args.sae_revision)
+    if sae is None:
+        return named
+    given, stored = sae.state_dict(), named.state_dict()
+    if given.keys() != stored.keys() or any(not torch.equal(given[key].cpu(), stored[key]) for key in stored):
+        raise ValueError(f"The SAE given to the trainer is not the one that its args name, {args.sae!r}: name one.")
+    return sae
+
+
+@torch.no_grad()
+def _try(model: nn.Module, module: nn.Module, hookpoint: str) -> bool:
+    """Runs the module on the activations of four tokens; returns whether the hookpoint's module returns a tensor."""
+    returns_tensor = True
+
+    def look(hooked: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal returns_tensor
+        returns_tensor = isinstance(output, torch.Tensor)
+
+    inner = backbone(model)
+    tokens = torch.arange(4, device=next(inner.parameters()).device)[None]
+    handle = hooked_module(model, hookpoint).register_forward_hook(look)
+    try:
+        with evaluating(model), capture(model, [hookpoint]) as activations:
+            inner(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    width = hidden_states(activations[hookpoint]).shape[-1]
+    if isinstance(module, DescribedSAE) and module.d_in != width:
+        raise IncompatibleSAEError(
+            f"The SAE takes activations of width {module.d_in}, but those of {hookpoint!r} have width {width}: "
+            "it was trained on another model, or on another kind of hookpoint."
+        )
+    return returns_tensor
+
+
+@torch.no_grad()
+def warn_of_mismatch(model: nn.Module, placed: PlacedSAE, batch: dict[str, Any]) -> None:
+    """Warns with the FVU of the SAE at a hookpoint that is not its own, measured on a batch."""
+    with evaluating(model), capture(model, [placed.hookpoint], stop_after_last=True) as activations:
+        model(**batch)
+    x = activations[placed.hookpoint].flatten(0, -2)
+    fvu = (x - placed.module(x)).square().sum() / (x - x.mean(0)).square().sum()
+    warnings.warn(
+        f"The SAE was trained on {placed.mismatch!r} but is spliced into {placed.hookpoint!r}, where its FVU is {fvu:.3f} "
+        "(1 is no better than the mean activation).",
+        stacklevel=4,
+    )
+
+
+def special_token_ids(args: SAETuningConfig, module: nn.Module, tokenizer: Any) -> torch.Tensor | None:
+    """Ids `[n]` of the tokens that pass the SAE untouched: by the setting, or else as the SAE was trained."""
+    exclude = args.exclude_special_tokens
+    if exclude is None:
+        exclude = isinstance(module, DescribedSAE) and bool(module.metadata.get("exclude_special_tokens", False))
+    return torch.tensor(tokenizer.all_special_ids) if exclude else None

@@ -1,0 +1,80 @@
+"""What is spliced into the model in Stage II: the SAE or a control, its gradient, the positions it skips, its FVU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class Insertion(nn.Module):
+    """A frozen module at the hookpoint, with the switches of one training step.
+
+    Args:
+        module (`torch.nn.Module`):
+            Maps `[..., d_in]` to `[..., d_in]`: an SAE or what stands in for it. It is never changed.
+        stop_gradient (`bool`):
+            Cut the gradient between the module and what lies below the hookpoint.
+    """
+
+    def __init__(self, module: nn.Module, stop_gradient: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.stop_gradient = stop_gradient
+        self._untouched: torch.Tensor | None = None  # [batch, tokens], True where a position passes untouched
+        self._off = False
+        self._measuring = False
+        self._sums: list[torch.Tensor] = []
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Passes everything untouched inside the block."""
+        self._off = True
+        try:
+            yield
+        finally:
+            self._off = False
+
+    @contextmanager
+    def measuring(self, counted: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Yields a list that holds, after the forward, the FVU's sums (`fvu_of`) over the counted positions `[batch, tokens]`."""
+        self._counted, self._measuring, self._sums = counted, True, []
+        try:
+            yield self._sums
+        finally:
+            self._measuring = False
+
+    def set_untouched(self, positions: torch.Tensor | None) -> None:
+        """Positions `[batch, tokens]` (bool) that pass untouched from now on; `None` for none."""
+        self._untouched = positions
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, tokens, d_in]` -> the same shape and dtype."""
+        if self._off:
+            return x
+        if self.stop_gradient:
+            x = x.detach()
+        y = self.module(x).to(x.dtype)
+        if self._untouched is not None:
+            y = torch.where(self._untouched.unsqueeze(-1), x, y)
+        if self._measuring:
+            self._sums.append(_fvu_sums(x.detach(), y.detach(), self._counted))
+            self._measuring = False  # gradient checkpointing may run this again in the backward
+        if self.stop_gradient and torch.is_grad_enabled():
+            # Reentrant gradient checkpointing gives no gradient at all above a state that does not ask for one.
+            y = y.detach().requires_grad_()
+        return y
+
+
+def _fvu_sums(x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """`[d_in + 3]`: squared error, sum of squares, number of positions, sum of x; additive over batches."""
+    x, y = x[counted].double(), y[counted].double()
+    scalars = torch.stack([(x - y).square().sum(), x.square().sum(), counted.sum().double()])
+    return torch.cat([scalars, x.sum(0)])
+
+
+def fvu_of(sums: torch.Tensor) -> float:
+    """Fraction of variance unexplained from the added-up sums of `Insertion.measuring`."""
+    error, squares, count = sums[:3].tolist()
+    variance = squares - float(sums[3:].square().sum()) / max(count, 1)
+    return error / variance if variance > 0 else float("nan")

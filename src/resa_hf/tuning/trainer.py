@@ -1,0 +1,282 @@
+"""Stage II: SAE-Tuning as a `trl.SFTTrainer` with another loss."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTTrainer
+
+from ..hookpoints import backbone, capture, causal_lm, layer_index, splice
+from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
+from ..modes import evaluating
+from ..trl_internals import ForwardRedirection
+from .config import SAETuningConfig
+from .controls import make_control
+from .fit import PlacedSAE, place_sae, special_token_ids, warn_of_mismatch
+from .insertion import Insertion
+from .loss import LMHead, frozen_head, token_cross_entropy, token_divergence
+from .metrics import StepMetrics, gradient_norms
+from .prefix import passing_through, prefix_is_exact
+
+
+def paper_lora() -> LoraConfig:
+    """The LoRA of the released code: rank 32, alpha 128, dropout 0.05, on every linear layer but the LM head."""
+    return LoraConfig(r=32, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+class SAETuningTrainer(SFTTrainer):
+    """
+    Trains a LoRA adapter so that the model with a frozen SAE spliced in predicts what the model without it predicts.
+
+    SAE-Tuning, huggingface.co/papers/2506.09967, section 2. The only change to [`~trl.SFTTrainer`] is the loss: `kl_weight` times the divergence between
+    teacher and student plus `sft_weight` times the cross-entropy, each the sum over the counted positions of all processes and accumulation steps, divided by
+    their number; position t counts if and only if `labels[t+1] != -100`. What is saved is a plain PEFT adapter: the SAE is not in it.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The target model. A base with an adapter that is not trainable is merged first; a trainable adapter is trained on.
+        args ([`SAETuningConfig`], *optional*):
+            The settings.
+        train_dataset, eval_dataset ([`~datasets.Dataset`]):
+            With a `text` column or tokenised (`input_ids`), as [`~trl.SFTTrainer`] takes them.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer.
+        sae (`str` or `torch.nn.Module`, *optional*):
+            Hub repo or folder, or any module that maps `[..., d_in]` to `[..., d_in]`. It is frozen, and never changed. If `args.sae` is set too, they must agree.
+        source_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The teacher with `kl_reference="source"`. It is frozen.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            `None` on a bare model means the paper's LoRA.
+
+    Raises:
+        `HookpointError`, `IncompatibleSAEError`: if the SAE does not fit the model or the hookpoint.
+        `ValueError`: for settings that contradict each other, a trainable head, or tokenizers that differ.
+    """
+
+    _tag_names = ["trl", "resa-hf", "sae-tuning"]
+    _name = "SAE-Tuning"
+    _paper = {
+        "title": "Resa: Transparent Reasoning Models via SAEs",
+        "id": "2506.09967",
+        "citation": "@article{wang2025resa,\n  title={Resa: Transparent Reasoning Models via SAEs},\n"
+        "  author={Wang, Shangshang and others},\n  journal={arXiv preprint arXiv:2506.09967},\n  year={2025}\n}",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SAETuningConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        sae: str | nn.Module | None = None,
+        source_model: str | PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: DataCollator | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+    ) -> None:
+        args = args or SAETuningConfig(output_dir="sae-tuning")
+        target = self._load_target(model, args)
+        if isinstance(target, PeftModel) and target.active_peft_config.is_prompt_learning:
+            raise ValueError("Prompt-learning adapters are not supported: SAE-Tuning runs the backbone without the prompt.")
+        args.check_sae(sae is not None or args.sae is not None)
+        if (source_model is not None) != (args.kl_reference == "source"):
+            raise ValueError(
+                f"kl_reference is {args.kl_reference!r} and source_model is {'' if source_model is not None else 'not '}given; "
+                "source_model is needed with kl_reference: source, and has no use otherwise."
+            )
+        self._placed: PlacedSAE | None = place_sae(target, args, sae)
+        if not isinstance(target, PeftModel):
+            # TRL writes into the config that it is given.
+            peft_config = type(peft_config)(**peft_config.to_dict()) if peft_config is not None else paper_lora()
+        super().__init__(
+            model=target,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        self._plain_sft = self._placed is None and args.kl_weight == 0
+        self._insertion: Insertion | None = None
+        self._source: PreTrainedModel | None = None
+        self._shared: bool | None = None if args.share_prefix == "auto" else False
+        self._step_metrics = {"train": StepMetrics(), "eval": StepMetrics()}
+        self._forward_redirection = ForwardRedirection()
+        self._prefix_state: torch.Tensor | None = None
+        self._trained_tokens = 0
+        if not self._plain_sft:
+            self._set_up_loss(source_model)
+
+    @staticmethod
+    def _load_target(model: str | PreTrainedModel | PeftModel, args: SAETuningConfig) -> PreTrainedModel | PeftModel:
+        if isinstance(model, str):
+            kwargs = dict(args.model_init_kwargs or {})
+            args_dtype = kwargs.pop("dtype", "float32")
+            return load_causal_lm(model, dtype=args_dtype, revision=kwargs.pop("revision", None))
+        if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
+            return model.merge_and_unload()
+        return model
+
+    def _set_up_loss(self, source_model: str | PreTrainedModel | None) -> None:
+        # The loss below is always divided by `num_items_in_batch`, whatever the signature of the model's forward.
+        self.model_accepts_loss_kwargs = True
+        bare: PreTrainedModel = causal_lm(self.model)  # type: ignore[assignment]
+        self._head: LMHead = frozen_head(bare)
+        self._teacher_head = self._head
+        if source_model is not None:
+            self._source = self._load_source(source_model).requires_grad_(False).eval()
+            self._source.to(self.accelerator.device)
+            self._teacher_head = frozen_head(self._source)
+            if self._teacher_head.weight.shape[0] != self._head.weight.shape[0]:
+                raise ValueError(
+                    f"The source model has {self._teacher_head.weight.shape[0]} tokens and the target "
+                    f"{self._head.weight.shape[0]}; teacher and student must share one vocabulary."
+                )
+        if self._placed is None:
+            return
+        self._placed.special_tokens = special_token_ids(self.args, self._placed.module, self.processing_class)
+        module = make_control(self.args.control, self._placed.module, self.args.seed)
+        self._insertion = Insertion(module, stop_gradient=self.args.sae_gradient == "stop").to(self.accelerator.device)
+        self._insertion.requires_grad_(False)
+        self._below = layer_index(self.model, self._placed.hookpoint)
+        if self._placed.mismatch is not None:
+            batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+            warn_of_mismatch(self.model, self._placed, _forward_inputs(batch))
+
+    def _load_source(self, source_model: str | PreTrainedModel) -> PreTrainedModel:
+        if not isinstance(source_model, str):
+            return source_model
+        check_same_vocabulary(self.processing_class, load_tokenizer(source_model))
+        return load_causal_lm(source_model, dtype=self._head.weight.dtype)
+
+    @contextmanager
+    def _spliced(self, into: str) -> Iterator[None]:
+        """Splices the SAE while the block runs, if it belongs `into` that forward ("student" or "teacher")."""
+        if self._insertion is None or self._placed is None or self.args.sae_in != into:
+            yield
+            return
+        model = self.model if into == "student" or self._source is None else self._source
+        with splice(model, self._placed.hookpoint, self._insertion):
+            yield
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Gradient checkpointing runs submodules again in the backward, so the SAE stays until that is over.
+        with self._spliced("student"):
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+        due = self.state.global_step + 1
+        if self._insertion is not None and self.accelerator.sync_gradients and due % max(self.state.logging_steps, 1) == 0:
+            self._step_metrics["train"].gradients = gradient_norms(self.model, self._below)
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._spliced("student"):
+            return super().prediction_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if self._plain_sft:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        unwrapped = self.accelerator.unwrap_model(model)
+        divergence, entropy = self._forward_redirection(model, unwrapped, self._token_losses, unwrapped, inputs)
+        loss = self.args.kl_weight * divergence.sum() + self.args.sft_weight * entropy.sum()
+        count = max(divergence.numel(), entropy.numel()) if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        mode = "train" if self.model.training else "eval"
+        first_step = mode == "train" and self.state.global_step == 0
+        self._step_metrics[mode].add(divergence.detach(), entropy.detach(), inputs, first_step)
+        return (loss, None) if return_outputs else loss
+
+    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The divergence and the cross-entropy at the counted positions, each `[counted]` or empty where its weight is 0."""
+        batch = _forward_inputs(inputs)
+        labels = inputs["labels"][:, 1:]
+        counted = labels != -100
+        if self._insertion is not None and self._placed is not None:
+            self._insertion.set_untouched(self._placed.special_positions(inputs["input_ids"]))
+        mode = "train" if self.model.training else "eval"
+        every = torch.nn.functional.pad(counted, (0, 1), value=False)
+        measuring = self._insertion.measuring(every) if self._insertion is not None else nullcontext([])
+        with measuring as fvu_sums:
+            teacher = self._teacher_hidden(model, batch, counted) if self.args.kl_weight > 0 else None
+            state = self._prefix_state if teacher is not None and self._shares_prefix(model, batch) else None
+            with nullcontext() if state is None else passing_through(model, self._below, state):
+                student = backbone(model)(**batch).last_hidden_state[:, :-1][counted]
+        self._step_metrics[mode].fvu_sums += fvu_sums
+        self._prefix_state = None
+        divergence = entropy = student.new_zeros(0)
+        if teacher is not None:
+            beta, temperature = self.args.kl_beta, self.args.kl_temperature
+            divergence = token_divergence(student, teacher, self._head, self._teacher_head, beta, temperature)
+        if self.args.sft_weight > 0:
+            entropy = token_cross_entropy(student, self._head, labels[counted])
+        return divergence, entropy
+
+    @torch.no_grad()
+    def _teacher_hidden(self, model: nn.Module, batch: dict[str, Any], counted: torch.Tensor) -> torch.Tensor:
+        """The teacher's hidden states `[counted, d_model]`; keeps its state at the hookpoint if the student may use it."""
+        teacher = self._source if self._source is not None else model
+        adapters_off = self.args.kl_reference == "base" and isinstance(model, PeftModel)
+        out_of_student = self._insertion is not None and self.args.sae_in == "student"
+        keep = [self._placed.hookpoint] if self._placed is not None and self._may_share() else []
+        with (
+            evaluating(teacher),
+            self._spliced("teacher"),
+            self._insertion.off() if out_of_student else nullcontext(),  # type: ignore[union-attr]
+            model.disable_adapter() if adapters_off else nullcontext(),  # type: ignore[operator]
+            capture(teacher, keep) if keep else nullcontext({}) as activations,
+        ):
+            hidden: torch.Tensor = backbone(teacher)(**batch).last_hidden_state
+        self._prefix_state = activations[keep[0]] if keep else None
+        return hidden[:, :-1][counted]
+
+    def _may_share(self) -> bool:
+        return (
+            self._shared is not False
+            and self._placed is not None
+            and self._placed.hands_tensor_through
+            and self.args.sae_gradient == "stop"
+            and self.args.sae_in == "student"
+            and self.args.kl_reference == "base"
+        )
+
+    def _shares_prefix(self, model: nn.Module, batch: dict[str, Any]) -> bool:
+        if not self._may_share():
+            return False
+        if self._shared is None and self.model.training:
+            self._shared = prefix_is_exact(model, self._insertion, self._below, self._prefix_state, batch)
+            if not self._shared:
+                self.accelerator.print("share_prefix: not exact on this model (dropout, or adapters not at zero); not used.")
+        return bool(self._shared)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if not self._plain_sft:
+            counts = self._step_metrics[mode].take(self.accelerator)
+            self._trained_tokens += int(counts.pop("tokens", 0)) if mode == "train" else 0
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({f"{prefix}{key}": value for key, value in counts.items()})
+            logs[f"{prefix}num_tokens"] = self._trained_tokens
+        super().log(logs, start_time)
+
+
+def _forward_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
