@@ -15,3 +15,7 @@ class IncompatibleAdapterError(ValueError):
 
 class DataError(ValueError):
     """Question-answer rows that cannot be used."""
+
+
+class JobError(ValueError):
+    """A job of a run failed; the message names it. What other jobs have finished is kept."""

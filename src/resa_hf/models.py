@@ -42,9 +42,18 @@ def load_causal_lm(
             Of the weights; `"auto"` as stored.
 
     Raises:
-        `OSError`: from transformers, if there is no such model.
+        `OSError`: if there is no such model; the message names it.
     """
-    folder = local_name(name)
+    try:
+        merged = _load_merged(local_name(name), adapter, revision, dtype)
+    except OSError as error:
+        raise OSError(f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {error}") from error
+    # Cards, reports and adapter configs are to carry the name that was given, not a folder of this machine.
+    merged.config._name_or_path = merged.name_or_path = name if adapter is None else f"{name}+{adapter}"
+    return merged
+
+
+def _load_merged(folder: str, adapter: str | None, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
     if adapter is None and find_adapter_config_file(folder, revision=revision) is not None:
         config = PeftConfig.from_pretrained(folder, revision=revision)
         base = load_causal_lm(str(config.base_model_name_or_path), dtype=dtype)
@@ -53,8 +62,6 @@ def load_causal_lm(
         merged = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, use_safetensors=True)
         if adapter is not None:
             merged = PeftModel.from_pretrained(merged, local_name(adapter)).merge_and_unload()
-    # Cards, reports and adapter configs are to carry the name that was given, not a folder of this machine.
-    merged.config._name_or_path = merged.name_or_path = name if adapter is None else f"{name}+{adapter}"
     return merged
 
 

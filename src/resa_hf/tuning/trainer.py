@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
+from ..arguments import LoraArguments
 from ..hookpoints import backbone, capture, causal_lm, layer_index, splice
 from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
 from ..modes import evaluating
@@ -22,11 +23,6 @@ from .insertion import Insertion
 from .loss import LMHead, frozen_head, token_cross_entropy, token_divergence
 from .metrics import StepMetrics, gradient_norms
 from .prefix import passing_through, prefix_is_exact
-
-
-def paper_lora() -> LoraConfig:
-    """The LoRA of the released code: rank 32, alpha 128, dropout 0.05, on every linear layer but the LM head."""
-    return LoraConfig(r=32, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 class SAETuningTrainer(SFTTrainer):
@@ -51,7 +47,7 @@ class SAETuningTrainer(SFTTrainer):
         source_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The teacher with `kl_reference="source"`. It is frozen.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            `None` on a bare model means the paper's LoRA.
+            `None` on a bare model means the released code's LoRA ([`LoraArguments`]).
 
     Raises:
         `HookpointError`, `IncompatibleSAEError`: if the SAE does not fit the model or the hookpoint.
@@ -95,7 +91,7 @@ class SAETuningTrainer(SFTTrainer):
         self._placed: PlacedSAE | None = place_sae(target, args, sae)
         if not isinstance(target, PeftModel):
             # TRL writes into the config that it is given.
-            peft_config = type(peft_config)(**peft_config.to_dict()) if peft_config is not None else paper_lora()
+            peft_config = type(peft_config)(**peft_config.to_dict()) if peft_config is not None else LoraArguments().lora_config()
         super().__init__(
             model=target,
             args=args,
@@ -271,7 +267,8 @@ class SAETuningTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         if not self._plain_sft:
             counts = self._step_metrics[mode].take(self.accelerator)
-            self._trained_tokens += int(counts.pop("tokens", 0)) if mode == "train" else 0
+            tokens = int(counts.pop("tokens", 0))
+            self._trained_tokens += tokens if mode == "train" else 0
             prefix = "eval_" if mode == "eval" else ""
             logs.update({f"{prefix}{key}": value for key, value in counts.items()})
             logs[f"{prefix}num_tokens"] = self._trained_tokens

@@ -1,0 +1,51 @@
+"""The command line: `resa-hf COMMAND`. One table from command to module; a command's imports happen when it runs."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+COMMANDS = {
+    "demo": "the whole way on the tiny reasoner that ships in the package: no network, no GPU",
+    "run": "the whole way on your own questions and answers: Stage I, Stage II, answers, verdict",
+    "train-sae": "Stage I alone: train SAEs on a source model's activations",
+    "tune": "Stage II alone: train an adapter with a frozen SAE spliced in",
+}
+
+
+def usage() -> str:
+    """The text of `resa-hf --help`."""
+    lines = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return f"usage: resa-hf COMMAND [--config FILE.yaml] [options]\n\ncommands:\n{lines}\n\nresa-hf COMMAND --help tells a command's options."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, or 2 for what the user can mend."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if args[0] == "--version":
+        print(f"resa-hf {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"resa-hf: unknown command {args[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    # Our commands send nothing to anybody unless a tracker is asked for.
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")
+    module = importlib.import_module(f".commands.{args[0].replace('-', '_')}", __package__)
+    try:
+        module.main(args[1:])
+    except (ValueError, OSError) as error:
+        # Messages for people. Whoever needs the trace sets this.
+        if os.environ.get("RESA_HF_TRACE"):
+            raise
+        print(f"\nresa-hf {args[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nresa-hf {args[0]}: interrupted; what was finished is kept.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,28 @@
+"""
+resa-hf run: the whole way on your own questions and answers.
+
+    resa-hf run --config recipes/tiny-reasoner/run/own_data.yaml --dataset mine.jsonl --question_column q --answer_column a
+
+Trains an SAE on the source model (Stage I), tunes the target with it (Stage II), lets both answer held-out questions, and
+says whether the tuned model is better. Started again after an interruption, it goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str], config: Path | None = None, prog: str = "resa-hf run") -> None:
+    """Runs the command; `config` is the recipe where no flag names one."""
+    from ..experiment.folder import RunFolder
+    from ..experiment.pipeline import run_experiment
+    from .dry_run import describe_run, take_dry_run
+    from .recipe import parse_run
+
+    rest, dry = take_dry_run(argv)
+    settings = parse_run(rest, prog, __doc__ or "", config)
+    if dry:
+        print(describe_run(settings))
+        return
+    folder = RunFolder(Path(settings.run.output_dir))
+    run_experiment(folder, settings)
+    print(f"\nReport: {folder.root / 'report.md'}, report.json, report.png. Adapters: {folder.root / 'arms'}.")

@@ -1,0 +1,46 @@
+"""
+resa-hf train-sae: Stage I alone.
+
+    resa-hf train-sae --config recipes/deepseek-r1-distill-qwen-1.5b/sae/paper.yaml
+
+Trains one TopK SAE at each hookpoint on a frozen model's activations, in one pass; a rerun goes on from the last checkpoint.
+Leaves one folder a hookpoint, which sae-lens loads, and report.json.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    from ..arguments import DataArguments, ModelArguments
+    from ..experiment.folder import write_json
+    from ..models import load_causal_lm, load_tokenizer
+    from ..sae.config import SAETrainingConfig
+    from ..sae.trainer import SAETrainer
+    from .dry_run import describe_stage, take_dry_run
+    from .recipe import parse_flat
+    from .resuming import last_checkpoint
+    from .stage_data import packed_text
+
+    rest, dry = take_dry_run(argv)
+    types = (ModelArguments, DataArguments, SAETrainingConfig)
+    model_args, data_args, args = parse_flat(types, rest, "resa-hf train-sae", __doc__ or "")
+    if dry:
+        print(describe_stage(model_args, data_args, stage1=args))
+        return
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
+    train, held_out, told = packed_text(data_args, tokenizer, args.max_length)
+    model = load_causal_lm(
+        model_args.model_name_or_path,
+        model_args.model_adapter,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+    )
+    trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    quality = trainer.evaluate() if held_out is not None else {}
+    trainer.save_model()
+    output = Path(args.output_dir)
+    write_json(output / "report.json", {"data": told, "quality": quality, "log": trainer.state.log_history})
+    print(f"\nSAEs: {', '.join(str(output / name) for name in trainer.saes)}. Report: {output / 'report.json'}.")

@@ -1,0 +1,53 @@
+"""
+resa-hf tune: Stage II alone.
+
+    resa-hf tune --config recipes/deepseek-r1-distill-qwen-1.5b/tune/paper.yaml --sae runs/sae/layers.12
+
+Trains a LoRA adapter with a frozen SAE spliced in; a rerun goes on from the last checkpoint. Leaves a plain PEFT adapter and
+report.json.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
+    from ..experiment.folder import write_json
+    from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
+    from ..tuning.config import SAETuningConfig
+    from ..tuning.trainer import SAETuningTrainer
+    from .dry_run import describe_stage, take_dry_run
+    from .recipe import parse_flat
+    from .resuming import last_checkpoint
+    from .stage_data import packed_text
+
+    rest, dry = take_dry_run(argv)
+    types = (ModelArguments, SourceArguments, LoraArguments, DataArguments, SAETuningConfig)
+    model_args, source_args, lora_args, data_args, args = parse_flat(types, rest, "resa-hf tune", __doc__ or "")
+    if dry:
+        print(describe_stage(model_args, data_args, stage2=args))
+        return
+    name = model_args.model_name_or_path
+    tokenizer = load_tokenizer(name, revision=model_args.model_revision)
+    source = None
+    if args.kl_reference == "source":
+        source_name = source_args.source_model or name
+        check_same_vocabulary(tokenizer, load_tokenizer(source_name, revision=source_args.source_revision))
+        source = load_causal_lm(
+            source_name, source_args.source_adapter, revision=source_args.source_revision, dtype=model_args.dtype
+        )
+    train, held_out, told = packed_text(data_args, tokenizer, args.max_length or 2048)
+    # The text is packed here, so that it is counted before training starts.
+    args.packing = False
+    model = load_causal_lm(name, model_args.model_adapter, revision=model_args.model_revision, dtype=model_args.dtype)
+    trainer = SAETuningTrainer(
+        model, args, train, held_out, processing_class=tokenizer, source_model=source, peft_config=lora_args.lora_config()
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    quality = trainer.evaluate() if held_out is not None else {}
+    trainer.save_model()
+    output = Path(args.output_dir)
+    write_json(output / "report.json", {"data": told, "held_out": quality, "log": trainer.state.log_history})
+    print(f"\nAdapter: {output}. Report: {output / 'report.json'}.")

@@ -1,0 +1,55 @@
+"""Where a run's files lie, and how they are written."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .settings import Arm, rate_name
+
+BASE = Arm("base", "none")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths in a run's output folder.
+
+    Args:
+        root (`Path`): the output folder.
+    """
+
+    root: Path
+
+    @property
+    def settings(self) -> Path:
+        """The resolved settings."""
+        return self.root / "settings.json"
+
+    def data(self, name: str) -> Path:
+        """A packed dataset (`train`, `held_out`), or `questions.json` and `data.json`."""
+        return self.root / "data" / name
+
+    def sae(self, source: str, seed: int) -> Path:
+        """The folder of the SAEs that were trained on a source."""
+        return self.root / "sae" / source / f"seed-{seed}"
+
+    def arm(self, arm: Arm, rate: float | None, seed: int) -> Path:
+        """The folder of one arm, learning rate (`None` where nothing is trained) and seed."""
+        return self.root / "arms" / arm.slug / ("untrained" if rate is None else rate_name(rate)) / f"seed-{seed}"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file that `write_json` wrote."""
+    return json.loads(path.read_text())
