@@ -15,7 +15,7 @@ from scipy import optimize, stats
 # See `accuracy_interval`; chosen by the simulation told there.
 _PSEUDO_WEIGHT = 0.08
 # The sign-flip test is exact up to this many differences that are not zero: 4096 sign patterns.
-_EXACT_FLIPS = 3
+_EXACT_FLIPS = 12
 # Numbers held at once by a resampling step: 16 MiB of float64.
 _CHUNK = 2**21
 # Accuracies are ratios, so that two differences that are equal on paper may differ in their last bits.
