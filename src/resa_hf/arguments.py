@@ -131,6 +131,9 @@ class DataArguments:
             Seed of that split.
         template (`str`, *optional*, defaults to `"paper"`):
             Of the CoT-free text: `"paper"` or `"chat"` (the tokenizer's).
+        pack (`bool`, *optional*, defaults to `True`):
+            Join documents and cut them into chunks of exactly `max_length` tokens, as the paper does. `False`: one document
+            a row, for models that know single documents only.
     """
 
     dataset: str = field(default="", metadata={"help": "A .jsonl, .csv or .parquet file, a Hub dataset, or a preset."})
@@ -142,6 +145,7 @@ class DataArguments:
     held_out: int = field(default=200, metadata={"help": "Questions kept out of training."})
     split_seed: int = field(default=0, metadata={"help": "Seed of that split."})
     template: str = field(default="paper", metadata={"help": "CoT-free text: paper or chat."})
+    pack: bool = field(default=True, metadata={"help": "Chunks of exactly max_length; false: one document a row."})
 
     def __post_init__(self) -> None:
         unset_none(self, "question_column", "answer_column", "dataset_revision", "limit")

@@ -49,3 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nresa-hf {args[0]}: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

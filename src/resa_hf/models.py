@@ -48,8 +48,9 @@ def load_causal_lm(
         merged = _load_merged(local_name(name), adapter, revision, dtype)
     except OSError as error:
         raise OSError(f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {error}") from error
-    # Cards, reports and adapter configs are to carry the name that was given, not a folder of this machine.
-    merged.config._name_or_path = merged.name_or_path = name if adapter is None else f"{name}+{adapter}"
+    if adapter is not None:
+        # What is trained on it does not fit the base alone, and its adapter_config.json must not say so.
+        merged.config._name_or_path = merged.name_or_path = f"{name}+{adapter}"
     return merged
 
 
@@ -66,11 +67,14 @@ def _load_merged(folder: str, adapter: str | None, revision: str | None, dtype: 
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model that `load_causal_lm` takes."""
+    """Loads the tokenizer of a model that `load_causal_lm` takes; an `OSError` names the model."""
     folder = local_name(name)
-    if find_adapter_config_file(folder, revision=revision) is not None and not _has_tokenizer(folder):
-        return load_tokenizer(str(PeftConfig.from_pretrained(folder, revision=revision).base_model_name_or_path))
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, revision=revision)
+    try:
+        if find_adapter_config_file(folder, revision=revision) is not None and not _has_tokenizer(folder):
+            return load_tokenizer(str(PeftConfig.from_pretrained(folder, revision=revision).base_model_name_or_path))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, revision=revision)
+    except OSError as error:
+        raise OSError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     return tokenizer
 
 

@@ -33,11 +33,13 @@ class TokenReport:
         tokens (`int`):
             Their tokens, the EOS at the end of each included.
         chunks (`int`):
-            Chunks of exactly `max_length` tokens.
+            Rows to train on: chunks of exactly `max_length` tokens, or one a document.
         tokens_dropped (`int`):
-            Tokens behind the last full chunk, left out.
+            Tokens left out: behind the last full chunk, or behind the first `max_length` of a document.
         max_length (`int`):
-            Tokens in a chunk.
+            Tokens in a chunk; of a document at most.
+        packed (`bool`):
+            Whether documents were joined and cut into chunks.
     """
 
     documents: int
@@ -45,9 +47,13 @@ class TokenReport:
     chunks: int
     tokens_dropped: int
     max_length: int
+    packed: bool = True
 
     def describe(self) -> str:
         """One sentence, for a log line or a report."""
+        if not self.packed:
+            cut = f"{self.tokens_dropped:,} tokens cut off behind {self.max_length:,}"
+            return f"{self.documents:,} documents, {self.tokens:,} tokens: one document a row, {cut}."
         return (
             f"{self.documents:,} documents, {self.tokens:,} tokens: {self.chunks:,} chunks of {self.max_length:,}, "
             f"{self.tokens_dropped:,} tokens left over."
@@ -181,6 +187,30 @@ def tokenize_and_pack(
     if bos:
         packed = packed.map(lambda row: {"input_ids": [*bos, *row["input_ids"]]})
     return packed, TokenReport(len(documents), tokens, chunks, tokens - chunks * length, max_length)
+
+
+def tokenize_documents(
+    dataset: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> tuple[datasets.Dataset, TokenReport]:
+    """One document a row, with its BOS (if the tokenizer has one) and one EOS, cut at `max_length` tokens.
+
+    For models that know single documents only; the paper joins them (`tokenize_and_pack`).
+
+    Args, returns and errors are those of `tokenize_and_pack`; the rows are of different lengths, so batches get padding.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError("The tokenizer has no EOS token, so documents have no end. Set tokenizer.eos_token.")
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}; a document needs at least 2 tokens.")
+    documents = [encode_prompt(text, tokenizer) for text in dataset["text"]]
+    documents = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in documents]
+    if not documents:
+        raise DataError("There are no documents.")
+    tokens = sum(map(len, documents))
+    rows = [ids[:max_length] for ids in documents]
+    report = TokenReport(len(rows), tokens, len(rows), tokens - sum(map(len, rows)), max_length, packed=False)
+    return datasets.Dataset.from_dict({"input_ids": rows}), report
 
 
 def _leading_bos(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

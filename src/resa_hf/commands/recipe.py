@@ -81,6 +81,9 @@ def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | N
     settings = RunSettings(
         run, sections["stage1"], sections["stage2"], Sampling(**sections["sampling"]), make_arms(arms, run)
     )
+    lengths = [section.get("max_length") for section in (settings.stage1, settings.stage2)]
+    if None not in lengths and lengths[0] != lengths[1]:
+        raise ValueError(f"max_length is {lengths[0]} in stage1 and {lengths[1]} in stage2; a run packs its text once.")
     for arm in settings.arms:
         _check_arm(settings, arm)
     if settings.sae_sources:

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import DataArguments
 from ..data import hold_out, load_qa
-from ..text import add_text, tokenize_and_pack
+from ..text import add_text, tokenize_and_pack, tokenize_documents
 
 
 def packed_text(
@@ -31,7 +31,7 @@ def packed_text(
     packed = {}
     for name, part in parts.items():
         text = add_text(part, template=data.template, tokenizer=tokenizer)  # type: ignore[arg-type]
-        packed[name], counted = tokenize_and_pack(text, tokenizer, max_length)
+        packed[name], counted = (tokenize_and_pack if data.pack else tokenize_documents)(text, tokenizer, max_length)
         told[name] = counted.describe()
     for name, sentence in told.items():
         print(f"{name}: {sentence}", flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..arguments import DataArguments, ModelArguments
-    from ..experiment.folder import write_json
+    from ..experiment.folder import check_writable, write_json
     from ..models import load_causal_lm, load_tokenizer
     from ..sae.config import SAETrainingConfig
     from ..sae.trainer import SAETrainer
@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         print(describe_stage(model_args, data_args, stage1=args))
         return
+    check_writable(Path(args.output_dir))
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     train, held_out, told = packed_text(data_args, tokenizer, args.max_length)
     model = load_causal_lm(

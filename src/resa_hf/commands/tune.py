@@ -14,7 +14,7 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
-    from ..experiment.folder import write_json
+    from ..experiment.folder import check_writable, write_json
     from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
     from ..tuning.config import SAETuningConfig
     from ..tuning.trainer import SAETuningTrainer
@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         print(describe_stage(model_args, data_args, stage2=args))
         return
+    check_writable(Path(args.output_dir))
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(name, revision=model_args.model_revision)
     source = None

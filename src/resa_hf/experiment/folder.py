@@ -2,10 +2,12 @@
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
 from .settings import Arm, rate_name
 
 BASE = Arm("base", "none")
@@ -53,3 +55,17 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Reads a file that `write_json` wrote."""
     return json.loads(path.read_text())
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and writes into it, before any work is put into what is to be written there.
+
+    Raises:
+        `DataError`: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"The output folder {folder} cannot be written: {error.strerror}.") from error

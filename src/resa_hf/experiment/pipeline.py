@@ -3,7 +3,7 @@
 import time
 
 from ..errors import DataError
-from .folder import RunFolder, read_json, write_json
+from .folder import RunFolder, check_writable, read_json, write_json
 from .prepare import describe, prepare
 from .report import as_plain, write_report
 from .results import ArmResult, choose_rates, collect
@@ -37,6 +37,7 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
 
 
 def _claim(folder: RunFolder, settings: RunSettings) -> None:
+    check_writable(folder.root)
     plain = as_plain(settings)
     if folder.settings.is_file():
         there = read_json(folder.settings)
@@ -53,7 +54,4 @@ def _claim(folder: RunFolder, settings: RunSettings) -> None:
                 "delete the folder."
             )
         return
-    try:
-        write_json(folder.settings, plain)
-    except OSError as error:
-        raise DataError(f"The output folder {folder.root} cannot be written: {error.strerror}.") from error
+    write_json(folder.settings, plain)

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import hold_out, load_qa
 from ..models import check_same_vocabulary, load_tokenizer
-from ..text import Template, add_text, evaluation_prompt, tokenize_and_pack
+from ..text import Template, add_text, evaluation_prompt, tokenize_and_pack, tokenize_documents
 from .folder import RunFolder, read_json, write_json
 from .settings import RunArguments
+
+MEASURED_DOCUMENTS = 256  # held-out documents on which FVU and KL are measured; the verdict uses all held-out questions
 
 
 def prepare(folder: RunFolder, run: RunArguments, max_length: int) -> dict[str, Any]:
@@ -44,9 +46,11 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int) -> dict[str, 
         train, selection = hold_out(train, run.selection, run.split_seed)
         questions["selection"] = _questions(selection, run.template, tokenizer)
     tokens = {}
-    for name, part in (("train", train), ("held_out", held_out)):
-        packed, counted = tokenize_and_pack(_text(part, run.template, tokenizer), tokenizer, max_length)
-        _save(packed, folder.data(name))
+    measured = held_out.select(range(min(len(held_out), MEASURED_DOCUMENTS)))
+    for name, part in (("train", train), ("held_out", measured)):
+        text = add_text(part, template=run.template, tokenizer=tokenizer)
+        rows, counted = (tokenize_and_pack if run.pack else tokenize_documents)(text, tokenizer, max_length)
+        _save(rows, folder.data(name))
         tokens[name] = {"tokens": counted.tokens, "chunks": counted.chunks, "describe": counted.describe()}
     report = {
         "dataset": run.dataset,
@@ -62,10 +66,6 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int) -> dict[str, 
     write_json(folder.data("questions.json"), questions)
     write_json(folder.data("data.json"), report)
     return report
-
-
-def _text(rows: datasets.Dataset, template: Template, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
-    return add_text(rows, template=template, tokenizer=tokenizer)
 
 
 def _questions(rows: datasets.Dataset, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:

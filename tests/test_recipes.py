@@ -1,0 +1,116 @@
+"""Every recipe through the real parsers, and the paper's Table 7 in them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from resa_hf.arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
+from resa_hf.commands.recipe import parse_flat, parse_run, recipe_path
+from resa_hf.sae.config import SAETrainingConfig
+from resa_hf.tuning.config import SAETuningConfig
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+STAGE1 = (ModelArguments, DataArguments, SAETrainingConfig)
+STAGE2 = (ModelArguments, SourceArguments, LoraArguments, DataArguments, SAETuningConfig)
+
+
+def parse(path, *flags):
+    kind = path.parent.name
+    if kind == "run":
+        own = ["--dataset", "mine.jsonl"] if path.name == "own_data.yaml" else []
+        return parse_run(["--config", str(path), *own, *flags], "test", "")
+    return parse_flat(STAGE1 if kind == "sae" else STAGE2, ["--config", str(path), *flags], "test", "")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*/*.yaml")), ids=lambda p: "/".join(p.parts[-3:]))
+def test_recipe_parses_and_an_unknown_key_in_it_does_not(path, tmp_path):
+    parse(path)
+    changed = tmp_path / path.parent.name / path.name
+    changed.parent.mkdir()
+    changed.write_text(path.read_text() + "\nlearning_rat: 1\n")
+    with pytest.raises(ValueError, match="unknown keys: learning_rat"):
+        parse(changed)
+
+
+def test_every_kind_of_recipe_is_there():
+    assert {path.parent.name for path in RECIPES.glob("*/*/*.yaml")} == {"sae", "tune", "run"}
+    assert all((folder / "README.md").is_file() for folder in RECIPES.iterdir() if folder.is_dir())
+    assert recipe_path("tiny-reasoner/run/demo.yaml").is_file()
+    assert recipe_path("tiny-reasoner/run/demo_full.yaml").is_file()
+
+
+def test_table_7_of_the_paper():
+    folder = RECIPES / "deepseek-r1-distill-qwen-1.5b"
+    _, _, sae = parse(folder / "sae" / "paper.yaml")
+    assert (sae.num_latents, sae.k, sae.sae_optimizer, sae.learning_rate) == (65536, 32, "signum", 2.5e-4)
+    assert (sae.per_device_train_batch_size, sae.num_train_epochs, sae.dead_after_tokens) == (16, 1, 1_000_000)
+    assert sae.hookpoints == ["layers.12.mlp"] and str(sae.lr_scheduler_type.value) == "constant"
+    _, _, lora, _, tune = parse(folder / "tune" / "paper.yaml")
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (32, 128, 0.05)
+    assert lora.lora_target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (tune.learning_rate, tune.per_device_train_batch_size, tune.num_train_epochs) == (1e-6, 1, 2)
+    assert (tune.kl_beta, tune.sae_gradient, tune.max_length) == (1.0, "flow", 2048)
+    assert tune.lr_scheduler_type.value == "cosine_with_min_lr"
+
+
+def test_values_of_the_released_code():
+    folder = RECIPES / "deepseek-r1-distill-qwen-1.5b"
+    _, _, sae = parse(folder / "sae" / "released.yaml")
+    assert (sae.hookpoints, sae.learning_rate, sae.dead_after_tokens) == (["layers.12"], None, 10_000_000)
+    _, _, lora, _, tune = parse(folder / "tune" / "released.yaml")
+    assert lora.lora_config().target_modules == "all-linear"
+    assert (tune.kl_beta, tune.sae_gradient, tune.lr_scheduler_type.value) == (0.0, "stop", "constant")
+    assert tune.gradient_accumulation_steps * tune.per_device_train_batch_size == 2 and tune.max_grad_norm == 1.0
+
+
+def test_stage_and_run_recipes_of_one_name_agree():
+    folder = RECIPES / "deepseek-r1-distill-qwen-1.5b"
+    for name in ("paper", "released"):
+        run = parse(folder / "run" / f"{name}.yaml")
+        for section, stage in ((run.stage1, "sae"), (run.stage2, "tune")):
+            flat = yaml.safe_load((folder / stage / f"{name}.yaml").read_text())
+            assert {key: flat[key] for key in section} == dict(section)
+
+
+def test_flags_win_over_the_recipe_also_in_sections():
+    path = RECIPES / "tiny-reasoner" / "run" / "demo.yaml"
+    run = parse(path, "--stage2.learning_rate", "3e-5", "--limit", "700", "--stage1.k", "4", "--seeds", "1", "2")
+    assert run.stage2["learning_rate"] == 3e-5 and run.stage1["k"] == 4
+    assert run.run.limit == 700 and run.run.seeds == [1, 2]
+    assert run.stage1["num_latents"] == parse(path).stage1["num_latents"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage2: {sae_gradient: flows}", "sae_gradient is 'flows'; it must be one of flow, stop"),
+        ("stage2: {sae_gradients: flow}", "stage2 has unknown keys: sae_gradients"),
+        ("stage2: {seed: 4}", "seed cannot be set in stage2"),
+        ("stage1: {hookpoints: [layers.1], sae_optimizer: adagrad}", "sae_optimizer must be one of signum, adam"),
+        ("stage1: {num_latents: 64}", "stage1.hookpoints is not set"),
+        ("stage1: {hookpoints: [layers.1, layers.2]}", "a run tunes with one SAE: set stage2.sae_id"),
+        ("stage1: [1]", "stage1 must be a mapping"),
+        ("template: paperr", "template is 'paperr'"),
+        ("sampling: {temperature: -1.0}", "temperature is -1.0"),
+        ("arms: {a: {kl_betta: 1}}", "Arm 'a': stage2 has unknown keys: kl_betta"),
+        ("arms: {a: {kl_beta: 2.0}}", "Arm 'a': kl_beta is 2.0"),
+        ("arms: {a: {sae_from: none}}", "Arm 'a': No SAE"),
+        ("stage1: {hookpoints: [layers.1], max_length: 64}\nstage2: {max_length: 128}", "max_length is 64 in stage1 and 128"),
+        ("null: 1", "keys are words"),
+        ("- a", "must be a YAML mapping"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    good = {"model_name_or_path": "m", "dataset": "d", "stage1": {"hookpoints": ["layers.1"]}}
+    parsed = None if message in ("keys are words", "must be a YAML mapping", "cannot be read") else yaml.safe_load(text)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text if parsed is None else yaml.safe_dump({**good, **parsed}))
+    with pytest.raises(ValueError, match=message):
+        parse_run(["--config", str(path)], "test", "")
+
+
+def test_a_recipe_that_is_not_there():
+    with pytest.raises(ValueError, match="There is no recipe nowhere.yaml"):
+        parse_run(["--config", "nowhere.yaml"], "test", "")
