@@ -1,0 +1,49 @@
+# All a machine needs is Python 3.11 or newer, with venv, and make. What is installed goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two test processes on few cores: threads of their own would only fight.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast test-hub2 lint bench
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## create $(VENV) and install the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing into $(VENV). The first time this takes some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## the whole way on the tiny reasoner, offline; options in ARGS, for example ARGS=--full
+	$(BIN)/resa-hf demo $(ARGS)
+
+test: install  ## all tests, the slow ones too
+	$(PYTEST) -m 'not gpu' $(ARGS)
+
+test-fast: install  ## the tests that take seconds
+	$(PYTEST) -m 'not gpu and not slow' $(ARGS)
+
+test-hub2:  ## the fast tests with huggingface_hub 2 and the newest math-verify, which the extra `eval` excludes
+	$(PYTHON) -m venv $(VENV)-hub2
+	grep -vE '^(huggingface-hub|math-verify|latex2sympy2-extended)==' constraints.txt > $(VENV)-hub2/constraints.txt
+	$(VENV)-hub2/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(VENV)-hub2/constraints.txt -e '.[dev]' 'huggingface_hub>=2,<3' 'math-verify>=0.9'
+	OMP_NUM_THREADS=1 $(VENV)-hub2/bin/python -m pytest -n 2 -m 'not gpu and not slow' $(ARGS)
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench:  ## speed and memory
+	@echo "There are no benchmarks yet. examples/stage1_deepscaler.py prints the speed of Stage I."
