@@ -196,7 +196,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     whole = gradients()
     monkeypatch.setattr(sparse, "_MAX_ELEMENTS_CPU", 7 * LATENTS)
-    monkeypatch.setattr(sparse, "_MIN_ENCODER_ROWS", 1)
+    monkeypatch.setattr(sparse, "_MIN_ROWS", 1)
     for one, other in zip(whole, gradients(), strict=True):
         assert relative_error(one, other) < 1e-13
 

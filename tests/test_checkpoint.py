@@ -364,7 +364,7 @@ def test_neither_folder_nor_repository(tmp_path: Path) -> None:
 
 
 class FakeHub:
-    """One repository; remembers what was downloaded, and of which commit."""
+    """One repository; remembers what was downloaded, and of which revision."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -374,9 +374,9 @@ class FakeHub:
     def model_info(self, repo: str, revision: str | None = None) -> ModelInfo:
         files = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
         siblings = [{"rfilename": file} for file in files]
-        return ModelInfo(id=repo, sha=f"commit-of-{revision}", siblings=siblings)
+        return ModelInfo(id=repo, sha="0" * 40, siblings=siblings)
 
-    def snapshot_download(self, repo: str, revision: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, repo: str, revision: str | None, allow_patterns: list[str]) -> str:
         files = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
         self.downloaded = sorted(filter_repo_objects(files, allow_patterns=allow_patterns))
         self.revision = revision
@@ -399,7 +399,7 @@ def test_only_the_files_of_one_sae_are_downloaded(hub: FakeHub) -> None:
     write_sparsify(hub.folder / "layers.3.mlp")
     assert load_sae("someone/saes", "layers.1", revision="v1").metadata["seed"] == 0
     assert hub.downloaded == ["layers.1/cfg.json", "layers.1/sae_weights.safetensors"]
-    assert hub.revision == "commit-of-v1"
+    assert hub.revision == "v1"
     assert load_sae("someone/saes", "layers.[1]").metadata["seed"] == 1
     assert hub.downloaded == ["layers.[1]/cfg.json", "layers.[1]/sae_weights.safetensors"]
     assert load_sae("someone/saes", "layers.3.mlp").hookpoint == "layers.3.mlp"
@@ -415,6 +415,23 @@ def test_the_only_sae_of_a_repository_is_taken(hub: FakeHub) -> None:
     save_sae(make_sae(), hub.folder)
     assert load_sae("someone/saes").metadata["seed"] == 0
     assert hub.downloaded == ["cfg.json", "sae_weights.safetensors"]
+
+
+def test_what_was_downloaded_is_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "models--someone--saes"
+    for seed, name in enumerate(("layers.1", "layers.2")):  # of a repository that may hold more
+        save_sae(make_sae(seed=seed), cached / "snapshots" / ("a" * 40) / name)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert load_sae("someone/saes", "layers.2").metadata["seed"] == 1
+    assert load_sae("someone/saes", "layers.1", revision="a" * 40).metadata["seed"] == 0
+    assert list_saes("someone/saes") == ["layers.1", "layers.2"]
+    with pytest.raises(IncompatibleSAEError, match=r"no folder 'layers\.3'.*layers\.1, layers\.2"):
+        load_sae("someone/saes", "layers.3")
+    with pytest.raises(IncompatibleSAEError, match="not downloaded yet"):
+        load_sae("someone/saes", "layers.2", revision="v2")
 
 
 def test_a_failed_save_leaves_the_old_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,11 @@ from resa_hf.sae.checkpoint import save_sae
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "mine.jsonl"
-    lines = [{"frage": f"{a}*{b}+1-{b}+{a} mod 10", "antwort": str((a * b + 1 - b + a) % 10)} for a in range(8) for b in range(8)]
+    lines = [
+        {"frage": f"{a}*{b}+1-{b}+{a} mod 10", "antwort": str((a * b + 1 - b + a) % 10)}
+        for a in range(8)
+        for b in range(8)
+    ]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
@@ -29,6 +33,12 @@ def sae_folder(path, d_in=128, hookpoint="layers.2"):
 
 def weights_of(path):
     return next(path.glob("**/*.safetensors"))
+
+
+def put_nan(path):
+    save_file(
+        {name: value.index_fill(0, torch.tensor([1]), float("nan")) for name, value in load_file(path).items()}, path
+    )
 
 
 @pytest.fixture
@@ -77,7 +87,7 @@ def test_corrupt_and_truncated_and_nan_weights(tmp_path, tune):
     for name, damage in (
         ("truncated", lambda path: path.write_bytes(path.read_bytes()[:-100])),
         ("corrupt", lambda path: path.write_bytes(b"\xff" * 200)),
-        ("nan", lambda path: save_file({k: v.index_fill(0, torch.tensor([1]), float("nan")) for k, v in load_file(path).items()}, path)),
+        ("nan", put_nan),
     ):  # fmt: skip
         folder = sae_folder(tmp_path / name)
         damage(weights_of(folder))

@@ -1,4 +1,4 @@
-"""The demo, cut down: every arm runs, the known cases are right where they must be exact, and a rerun repeats nothing."""
+"""The demo, cut down: every arm runs, the exact cases are exact, and a rerun repeats nothing."""
 
 import json
 
@@ -15,8 +15,9 @@ pytestmark = pytest.mark.slow
 
 def demo(folder, *flags):
     return main(
-        ["demo", "--output_dir", str(folder), "--limit", "150", "--held_out", "30", "--selection", "10", "--seeds", "0",
-         "--learning_rates", "1e-3", "--stage1.num_train_epochs", "1", "--stage2.max_steps", "3", "--processes", "1", *flags]
+        ["demo", "--output_dir", str(folder), "--limit", "150", "--held_out", "30", "--selection", "10",
+         "--seeds", "0", "--learning_rates", "1e-3", "--stage1.num_train_epochs", "1", "--stage2.max_steps", "3",
+         "--processes", "1", *flags]
     )  # fmt: skip
 
 
@@ -47,7 +48,11 @@ def test_demo_and_its_rerun(tmp_path, capsys):
     answers = (place / "held_out-sampled.jsonl").read_text().splitlines()
     kept = folder / "arms" / "cot-free-sft" / "1e-03" / "seed-0" / "tuning.json"
     before = kept.stat().st_mtime_ns
-    for path in (place / "held_out-sampled.jsonl", place / "tuning.json", place / "adapter" / "adapter_model.safetensors"):
+    for path in (
+        place / "held_out-sampled.jsonl",
+        place / "tuning.json",
+        place / "adapter" / "adapter_model.safetensors",
+    ):
         path.unlink()
     assert demo(folder, "--processes", "2") == 0
     assert kept.stat().st_mtime_ns == before
@@ -59,13 +64,19 @@ def test_demo_and_its_rerun(tmp_path, capsys):
 def test_run_on_a_users_own_file(tmp_path, capsys):
     from resa_hf.commands.recipe import recipe_path
 
-    rows = [{"frage": f"{a}+{b}*{c} mod 10", "antwort": str((a + b) * c % 10)} for a in range(5) for b in range(1, 6) for c in range(1, 6)]
+    rows = [
+        {"frage": f"{a}+{b}*{c} mod 10", "antwort": str((a + b) * c % 10)}
+        for a in range(5)
+        for b in range(1, 6)
+        for c in range(1, 6)
+    ]
     rows += [{"frage": "", "antwort": "1"}, {"frage": "1+1*1 mod 10", "antwort": 2}, rows[0]]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     status = main(
-        ["run", "--config", str(recipe_path("tiny-reasoner/run/own_data.yaml")), "--dataset", str(path), "--question_column",
-         "frage", "--answer_column", "antwort", "--held_out", "40", "--stage2.max_steps", "3", "--output_dir", str(tmp_path / "out")]
+        ["run", "--config", str(recipe_path("tiny-reasoner/run/own_data.yaml")), "--dataset", str(path),
+         "--question_column", "frage", "--answer_column", "antwort", "--held_out", "40", "--stage2.max_steps", "3",
+         "--output_dir", str(tmp_path / "out")]
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert status == 0

@@ -31,7 +31,9 @@ def greedy_loop(model, tokenizer, prompt, limit):
 
 def test_greedy_answers_are_those_of_a_plain_loop(tiny_base, tiny_tokenizer, problems):
     prompts, golds = problems
-    outcomes = answer(tiny_base, tiny_tokenizer, prompts, golds, Sampling(temperature=0, max_new_tokens=40, batch_size=5))
+    outcomes = answer(
+        tiny_base, tiny_tokenizer, prompts, golds, Sampling(temperature=0, max_new_tokens=40, batch_size=5)
+    )
     for i, (prompt, gold) in enumerate(zip(prompts, golds, strict=True)):
         expected = greedy_loop(tiny_base, tiny_tokenizer, prompt, 40)
         text = tiny_tokenizer.decode(expected, skip_special_tokens=True)

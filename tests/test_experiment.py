@@ -31,7 +31,14 @@ def settings(arms, seeds=(0, 1, 2, 3, 4), **run):
 def write_answers(path, correct, length=7, seconds=1.0):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"problem": str(i), "answer": "1", "completions": ["x"], "correct": [bool(c)], "lengths": [length], "truncated": [False]}
+        {
+            "problem": str(i),
+            "answer": "1",
+            "completions": ["x"],
+            "correct": [bool(c)],
+            "lengths": [length],
+            "truncated": [False],
+        }
         for i, c in enumerate(correct)
     ]
     path.write_text("\n".join(json.dumps(row) for row in [{"seconds": seconds}, *rows]) + "\n")
@@ -66,9 +73,7 @@ def test_jobs(tmp_path):
     assert chosen == [(name, rate, 3, "selection") for name in "ab" for rate in (1e-4, 1e-3)]
     final = [(j.arm.name, j.rate, j.seed) for j in arm_jobs(run, {"a": 1e-3, "b": 1e-4})]
     assert final == [
-        (name, rate, seed)
-        for seed in (3, 4)
-        for name, rate in (("base", None), ("a", 1e-3), ("b", 1e-4), ("k", None))
+        (name, rate, seed) for seed in (3, 4) for name, rate in (("base", None), ("a", 1e-3), ("b", 1e-4), ("k", None))
     ]
     # Without another source, one SAE serves as the base's and the source's.
     alone = settings(arms, seeds=(0,), source_model=None)
@@ -79,7 +84,12 @@ def test_jobs(tmp_path):
 def test_learning_rate_is_chosen_on_the_selection_questions(tmp_path):
     arms = [Arm("a", "none", tuning={"kl_reference": "source"}), Arm("tied", "none"), Arm("k", "none", "zero_adapter")]
     run, folder = settings(arms, learning_rates=[1e-3, 1e-4]), RunFolder(tmp_path)
-    for name, rate, correct in (("a", 1e-4, [0, 1]), ("a", 1e-3, [1, 1]), ("tied", 1e-4, [0, 1]), ("tied", 1e-3, [1, 0])):
+    for name, rate, correct in (
+        ("a", 1e-4, [0, 1]),
+        ("a", 1e-3, [1, 1]),
+        ("tied", 1e-4, [0, 1]),
+        ("tied", 1e-3, [1, 0]),
+    ):
         arm = next(arm for arm in arms if arm.name == name)
         write_answers(folder.arm(arm, rate, 0) / "selection-sampled.jsonl", correct)
         # What the test questions would say must not matter.
@@ -157,7 +167,7 @@ def test_report_can_be_read_by_people_and_programs(judged):
     assert "verdicts on the method" in text and "fvu/layers.1 0.3" in text
     lines = table(results).splitlines()
     assert len(lines) == 7 and len({len(line) for line in lines}) == 1
-    assert [cell.strip() for cell in lines[5].split("|")[1:5]][0] == "zero" and "+0.0" in lines[5]
+    assert lines[5].startswith("| zero ") and "+0.0" in lines[5]
     report = json.loads((folder.root / "report.json").read_text())
     assert [arm["name"] for arm in report["arms"]] == ["base", "good", "control noise", "zero", "loss"]
     assert report["arms"][1]["verdict"]["word"] == "better" and report["settings"]["run"]["seeds"] == [0, 1, 2, 3, 4]
@@ -172,7 +182,9 @@ def test_a_harness_that_gets_a_known_case_wrong_says_so(judged):
     results = collect(folder, wrong, {})
     assert harness_check(results) == [("loss", "equivalent", "worse")]
     data = {"rows": "All.", "train_rows": 5, "held_out_rows": 200, "tokens": {"train": {"describe": "5 documents."}}}
-    assert "Harness check: FAILED. loss should be equivalent, got worse" in write_report(folder, wrong, results, data, {}, 1)
+    assert "Harness check: FAILED. loss should be equivalent, got worse" in write_report(
+        folder, wrong, results, data, {}, 1
+    )
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
@@ -193,9 +205,9 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
 
 def test_a_job_that_fails_is_named(tmp_path):
     run = settings([Arm("my arm", "none")], seeds=(7,))
-    with workers(RunFolder(tmp_path), run) as run_jobs:
-        with pytest.raises(JobError, match="my arm, seed 7: Model 'base' cannot be loaded"):
-            run_jobs(arm_jobs(run, {"my arm": 1e-3})[1:], "title")
+    message = "my arm, seed 7: Model 'base' cannot be loaded"
+    with workers(RunFolder(tmp_path), run) as run_jobs, pytest.raises(JobError, match=message):
+        run_jobs(arm_jobs(run, {"my arm": 1e-3})[1:], "title")
 
 
 @pytest.mark.parametrize(

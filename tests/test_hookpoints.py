@@ -61,8 +61,8 @@ def test_every_spelling_of_a_layer(kind_and_model):
 
 @pytest.mark.parametrize(
     "bad",
-    [3, -1, "3", "", "layers", "layers.", "layers.x", "layers.1.", "layers.1.nothing", "blocks.0.hook_resid_pre", "lm_head",
-     "embed_tokens", "blocks.1.hook_q", True, None, 1.0, "../1", "layers.1/mlp", "layers.²"],
+    [3, -1, "3", "", "layers", "layers.", "layers.x", "layers.1.", "layers.1.nothing", "blocks.0.hook_resid_pre",
+     "lm_head", "embed_tokens", "blocks.1.hook_q", True, None, 1.0, "../1", "layers.1/mlp", "layers.²"],
 )  # fmt: skip
 def test_unknown_hookpoints_list_the_valid_ones(bad):
     with pytest.raises(HookpointError, match=r"Valid: layers\.0 to layers\.2 .*layers\.N\.mlp"):
@@ -147,9 +147,7 @@ def test_splice_replaces_the_output_and_is_gone_afterwards(kind_and_model):
     plain = model(IDS).logits
     module = torch.nn.Linear(32, 32)
     layer = backbone(model).get_submodule(layers(kind, 1))
-    handle = layer.register_forward_hook(
-        lambda m, i, o: (module(o[0]), *o[1:]) if isinstance(o, tuple) else module(o)
-    )
+    handle = layer.register_forward_hook(lambda m, i, o: (module(o[0]), *o[1:]) if isinstance(o, tuple) else module(o))
     expected = model(IDS).logits
     handle.remove()
     with splice(model, 1, module):
@@ -166,7 +164,7 @@ def test_hooks_are_gone_after_an_exception():
         lambda: capture(model, [1]),
         lambda: capture(model, [1], stop_after_last=True),
     ):
-        with pytest.raises(ZeroDivisionError), context():
+        with pytest.raises(ZeroDivisionError), context():  # noqa: PT012
             model(IDS)
             raise ZeroDivisionError
         assert torch.equal(model(IDS).logits, plain)
@@ -177,7 +175,10 @@ def test_splice_keeps_the_dtype_and_refuses_another_shape():
     model = make("qwen2").bfloat16()
     with splice(model, 1, lambda x: x.float() * 1.5):
         assert model(IDS).logits.dtype == torch.bfloat16
-    with pytest.raises(IncompatibleSAEError, match=r"\(2, 10, 32\) to \(2, 10, 31\)"), splice(model, 1, lambda x: x[..., 1:]):
+    with (
+        pytest.raises(IncompatibleSAEError, match=r"\(2, 10, 32\) to \(2, 10, 31\)"),
+        splice(model, 1, lambda x: x[..., 1:]),
+    ):
         model(IDS)
 
 

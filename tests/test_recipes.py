@@ -96,7 +96,10 @@ def test_flags_win_over_the_recipe_also_in_sections():
         ("arms: {a: {kl_betta: 1}}", "Arm 'a': stage2 has unknown keys: kl_betta"),
         ("arms: {a: {kl_beta: 2.0}}", "Arm 'a': kl_beta is 2.0"),
         ("arms: {a: {sae_from: none}}", "Arm 'a': No SAE"),
-        ("stage1: {hookpoints: [layers.1], max_length: 64}\nstage2: {max_length: 128}", "max_length is 64 in stage1 and 128"),
+        (
+            "stage1: {hookpoints: [layers.1], max_length: 64}\nstage2: {max_length: 128}",
+            "max_length is 64 in stage1 and 128",
+        ),
         ("null: 1", "keys are words"),
         ("- a", "must be a YAML mapping"),
         ("a: [", "cannot be read"),
@@ -104,7 +107,9 @@ def test_flags_win_over_the_recipe_also_in_sections():
 )
 def test_bad_recipes(tmp_path, text, message):
     good = {"model_name_or_path": "m", "dataset": "d", "stage1": {"hookpoints": ["layers.1"]}}
-    parsed = None if message in ("keys are words", "must be a YAML mapping", "cannot be read") else yaml.safe_load(text)
+    parsed = (
+        None if message in ("keys are words", "must be a YAML mapping", "cannot be read") else yaml.safe_load(text)
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(text if parsed is None else yaml.safe_dump({**good, **parsed}))
     with pytest.raises(ValueError, match=message):

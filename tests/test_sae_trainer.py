@@ -4,6 +4,9 @@ import copy
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +356,18 @@ def test_finetuning_at_another_hookpoint_only_warns(model: nn.Module, tmp_path: 
     assert trainer.saes["layers.1"].hookpoint == "layers.1"
 
 
+def test_finetuning_knows_the_hookpoint_in_the_words_of_sae_lens(
+    model: nn.Module, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    sae = sae_lens.TopKSAE(sae_lens.TopKSAEConfig(d_in=32, d_sae=LATENTS, k=K))
+    sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae.save_model(tmp_path)
+    trainer = SAETrainer(model, config(tmp_path, num_latents=None, k=None, initial_sae=str(tmp_path)), rows(24))
+    assert trainer.saes["layers.1"].hookpoint == "layers.1"
+    assert not [warning for warning in recwarn if "starts at" in str(warning.message)]
+
+
 def test_finetuning_moves_decoder_norms_to_the_encoder(model: nn.Module, tmp_path: Path) -> None:
     sae = TopKSAE(32, LATENTS, LATENTS, hookpoint="layers.1")  # k = all latents: the choice of the k largest is moot
     with torch.no_grad():
@@ -537,6 +552,46 @@ def test_command_line_and_yaml(tmp_path: Path) -> None:
     path.write_text("sae_optimizer: lion\n")
     with pytest.raises(ValueError, match="not 'lion'"):
         TrlParser([SAETrainingConfig]).parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from conftest import _make_model
+from resa_hf.sae.trainer import SAETrainer
+from test_sae_trainer import config, rows
+
+args = config(sys.argv[1], hookpoints=["layers.0", "layers.1"], per_device_train_batch_size=2, eval_steps=3,
+              per_device_eval_batch_size=2, gradient_accumulation_steps=2, auxk_alpha=0.1, dead_after_tokens=100)
+trainer = SAETrainer(_make_model("qwen2"), args, rows(40), rows(7, seed=1))
+trainer.train()
+metrics = trainer.evaluate()
+mine = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+everyones = [torch.empty_like(mine) for _ in range(args.world_size)]
+torch.distributed.all_gather(everyones, mine)
+assert args.world_size == 2 and torch.equal(everyones[0], everyones[1])
+trainer.save_model()
+if args.process_index == 0:
+    trainer.state.log_history.append(metrics)
+    trainer.state.save_to_json(sys.argv[1] + "/state.json")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_saes_and_count_all_tokens(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [*run, str(tmp_path / "two.py"), str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    history = json.loads((tmp_path / "state.json").read_text())["log_history"]
+    assert [entry["tokens_seen"] for entry in history if "tokens_seen" in entry] == [256, 512, 768]
+    # 7 held-out rows do not divide among two processes: none may be left out or repeated.
+    held_out = rows(7, seed=1)
+    for hookpoint in HOOKPOINTS[:2]:
+        expected = naive_fvu(load_sae(tmp_path, hookpoint), activations(model, held_out, hookpoint))
+        assert history[-1][f"eval_fvu/{hookpoint}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_weights_on_disk_are_those_in_memory(model: nn.Module, tmp_path: Path) -> None:

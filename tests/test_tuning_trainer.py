@@ -8,9 +8,6 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from trl import SFTConfig, SFTTrainer
-
-from resa_hf.tiny.tokenizer import build_tokenizer
-from resa_hf.tuning.config import SAETuningConfig
 from tuning_reference import (
     batch_of,
     make_trainer,
@@ -20,6 +17,9 @@ from tuning_reference import (
     tiny_sae,
     trainer_gradients,
 )
+
+from resa_hf.tiny.tokenizer import build_tokenizer
+from resa_hf.tuning.config import SAETuningConfig
 
 LEGAL = [
     {"sae_in": sae_in, "sae_gradient": gradient, "kl_reference": reference, "kl_beta": beta}
@@ -145,10 +145,13 @@ def test_eight_at_once_equal_eight_accumulated(tmp_path, sft_weight):
 
 def test_plain_sft_equals_trl_bit_for_bit(tmp_path):
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
-    dataset = Dataset.from_dict({"text": [f"User: {a}+{b} mod 10\nAssistant: {a}" for a in range(9) for b in range(9)]})
+    dataset = Dataset.from_dict(
+        {"text": [f"User: {a}+{b} mod 10\nAssistant: {a}" for a in range(9) for b in range(9)]}
+    )
     common = {
-        "output_dir": str(tmp_path), "report_to": "none", "max_steps": 5, "packing": True, "packing_strategy": "wrapped",
-        "max_length": 16, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
+        "output_dir": str(tmp_path), "report_to": "none", "max_steps": 5, "packing": True,
+        "packing_strategy": "wrapped", "max_length": 16, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
         "gradient_checkpointing": False, "logging_steps": 1, "use_cpu": True, "bf16": False, "save_strategy": "no",
     }  # fmt: skip
     theirs = SFTTrainer(
@@ -231,7 +234,7 @@ def test_shared_prefix_is_not_used_where_it_is_not_exact(tmp_path, capsys):
     active = make_trainer(dropout, tmp_path, sae=tiny_sae(), sae_gradient="stop", max_steps=1)
     active.train()
     assert moved._shared is False and active._shared is False
-    assert capsys.readouterr().out.count("not exact on this model") == 2
+    assert capsys.readouterr().out.count("share_prefix: not exact here") == 2
 
 
 def test_noise_control_has_the_errors_norm_at_every_token(tmp_path):
@@ -357,9 +360,9 @@ def test_defaults_run_on_a_machine_without_an_accelerator():
 def test_resumed_run_ends_with_the_same_adapter_bit_for_bit(tmp_path):
     def trainer(folder, steps):
         return make_trainer(
-            moved_adapter(tiny_model(dtype=torch.float32), dropout=0.1, moved=False), folder, sae=tiny_sae(torch.float32),
-            dataset=ragged_dataset(), per_device_train_batch_size=2, max_steps=steps, save_strategy="steps", save_steps=3,
-            control="noise",
+            moved_adapter(tiny_model(dtype=torch.float32), dropout=0.1, moved=False), folder,
+            sae=tiny_sae(torch.float32), dataset=ragged_dataset(), per_device_train_batch_size=2, max_steps=steps,
+            save_strategy="steps", save_steps=3, control="noise",
         )  # fmt: skip
 
     whole = trainer(tmp_path / "whole", 7)

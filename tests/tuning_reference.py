@@ -94,7 +94,9 @@ def naive_loss(peft, sae, batch, layer=1, source=None, sae_in="student", sae_gra
 
     counted = batch["labels"][:, 1:] != -100
     with torch.no_grad(), peft.disable_adapter() if kl_reference == "base" else nullcontext():
-        teacher = logits(source if kl_reference == "source" else peft, sae is not None and sae_in == "teacher")[counted]
+        teacher = logits(source if kl_reference == "source" else peft, sae is not None and sae_in == "teacher")[
+            counted
+        ]
     student = logits(peft, sae is not None and sae_in == "student")[counted]
     p, q = teacher.softmax(-1), student.softmax(-1)
     kl = (p * (p.log() - q.log())).sum(-1) if kl_beta == 0 else (q * (q.log() - p.log())).sum(-1)

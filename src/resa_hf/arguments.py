@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .text import Template
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -58,7 +60,9 @@ class SourceArguments:
             Its revision.
     """
 
-    source_model: str | None = field(default=None, metadata={"help": "Model the SAE is trained on; default: the target."})
+    source_model: str | None = field(
+        default=None, metadata={"help": "Model the SAE is trained on; default: the target."}
+    )
     source_adapter: str | None = field(default=None, metadata={"help": "LoRA adapter of the source, merged first."})
     source_revision: str | None = field(default=None, metadata={"help": "Revision of the source model."})
 
@@ -132,8 +136,8 @@ class DataArguments:
         template (`str`, *optional*, defaults to `"paper"`):
             Of the CoT-free text: `"paper"` or `"chat"` (the tokenizer's).
         pack (`bool`, *optional*, defaults to `True`):
-            Join documents and cut them into chunks of exactly `max_length` tokens, as the paper does. `False`: one document
-            a row, for models that know single documents only.
+            Join documents and cut them into chunks of exactly `max_length` tokens, as the paper does. `False`: one
+            document a row, for models that know single documents only.
     """
 
     dataset: str = field(default="", metadata={"help": "A .jsonl, .csv or .parquet file, a Hub dataset, or a preset."})
@@ -144,7 +148,7 @@ class DataArguments:
     limit: int | None = field(default=None, metadata={"help": "Use this many rows at most."})
     held_out: int = field(default=200, metadata={"help": "Questions kept out of training."})
     split_seed: int = field(default=0, metadata={"help": "Seed of that split."})
-    template: str = field(default="paper", metadata={"help": "CoT-free text: paper or chat."})
+    template: Template = field(default="paper", metadata={"help": "CoT-free text: paper or chat."})
     pack: bool = field(default=True, metadata={"help": "Chunks of exactly max_length; false: one document a row."})
 
     def __post_init__(self) -> None:

@@ -18,7 +18,10 @@ COMMANDS = {
 def usage() -> str:
     """The text of `resa-hf --help`."""
     lines = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
-    return f"usage: resa-hf COMMAND [--config FILE.yaml] [options]\n\ncommands:\n{lines}\n\nresa-hf COMMAND --help tells a command's options."
+    return (
+        f"usage: resa-hf COMMAND [--config FILE.yaml] [options]\n\ncommands:\n{lines}\n\n"
+        "resa-hf COMMAND --help tells a command's options."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,8 +59,10 @@ def resolve_hookpoint(model: nn.Module, hookpoint: int | str) -> str:
         model (`torch.nn.Module`):
             A causal LM of any architecture with a decoder layer list: plain, PEFT-wrapped or DDP-wrapped.
         hookpoint (`int` or `str`):
-            `12`, `"12"`, `"layers.12"`, `"model.layers.12"`, `"layers.12.mlp"`, or sae-lens' `"blocks.12.hook_resid_post"`,
-            `"blocks.12.hook_resid_pre"` (the output of layer 11), `"blocks.12.hook_mlp_out"`, `"blocks.12.hook_attn_out"`.
+            `12`, `"12"`, `"layers.12"`, `"model.layers.12"`, `"layers.12.mlp"`, or sae-lens'
+            `"blocks.12.hook_resid_post"`,
+            `"blocks.12.hook_resid_pre"` (the output of layer 11), `"blocks.12.hook_mlp_out"`,
+            `"blocks.12.hook_attn_out"`.
 
     Returns:
         `str`: for example `"layers.12"`.
@@ -144,8 +146,8 @@ def capture(
             End each forward behind the deepest hookpoint. That forward returns `None`; the block goes on.
 
     Yields:
-        `dict[str, torch.Tensor]`: canonical hookpoint -> activations `[batch, tokens, d_in]` in the model's dtype, still
-        in the autograd graph if there is one. Filled anew at each forward.
+        `dict[str, torch.Tensor]`: canonical hookpoint -> activations `[batch, tokens, d_in]` in the model's dtype,
+        still in the autograd graph if there is one. Filled anew at each forward.
 
     Raises:
         `HookpointError`: if a hookpoint is unknown, or none is given.
@@ -217,7 +219,7 @@ def _catching_stop(model: nn.Module) -> Iterator[None]:
             own = module.__dict__.get("forward")
             undo = (module.__dict__.pop, "forward") if own is None else (setattr, module, "forward", own)
             stack.callback(*undo)
-            module.forward = catching(module.forward)  # type: ignore[method-assign]
+            module.forward = catching(module.forward)
         yield
 
 
@@ -231,8 +233,8 @@ def splice(model: nn.Module, hookpoint: int | str, module: Callable[[torch.Tenso
         hookpoint (`int` or `str`):
             In any spelling that `resolve_hookpoint` takes.
         module (`torch.nn.Module` or callable):
-            Maps `[..., d_in]` to `[..., d_in]`. Its output is cast to the dtype of its input. It must not change between
-            a forward and its backward: gradient checkpointing may run it again.
+            Maps `[..., d_in]` to `[..., d_in]`. Its output is cast to the dtype of its input. It must not change
+            between a forward and its backward: gradient checkpointing may run it again.
 
     Raises:
         `HookpointError`: if the hookpoint is unknown.

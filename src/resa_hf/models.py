@@ -13,7 +13,7 @@ TINY_PREFIX = "resa_hf/tiny/"
 
 
 def local_name(name: str) -> str:
-    """The folder behind `resa_hf/tiny/base` and `resa_hf/tiny/source`, which ship in the package; other names unchanged."""
+    """The folder behind `resa_hf/tiny/base` and `resa_hf/tiny/source`, which ship here; other names unchanged."""
     if name == f"{TINY_PREFIX}base":
         return str(tiny_path("base"))
     if name == f"{TINY_PREFIX}source":
@@ -32,8 +32,8 @@ def load_causal_lm(
 
     Args:
         name (`str`):
-            Hub repo, folder, or `resa_hf/tiny/base` and `resa_hf/tiny/source`. May be an adapter's repo or folder: its base
-            is then loaded by the name in its adapter_config.json (that is how Tina's checkpoints come).
+            Hub repo, folder, or `resa_hf/tiny/base` and `resa_hf/tiny/source`. May be an adapter's repo or folder: its
+            base is then loaded by the name in its adapter_config.json (that is how Tina's checkpoints come).
         adapter (`str`, *optional*):
             Repo or folder of an adapter for `name`.
         revision (`str`, *optional*):
@@ -47,7 +47,9 @@ def load_causal_lm(
     try:
         merged = _load_merged(local_name(name), adapter, revision, dtype)
     except OSError as error:
-        raise OSError(f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {error}") from error
+        raise OSError(
+            f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {error}"
+        ) from error
     if adapter is not None:
         # What is trained on it does not fit the base alone, and its adapter_config.json must not say so.
         merged.config._name_or_path = merged.name_or_path = f"{name}+{adapter}"

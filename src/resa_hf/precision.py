@@ -7,8 +7,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 def runnable_precision(bf16: bool | None, fp16: bool, use_cpu: bool) -> dict[str, bool]:
     """Settles `bf16` and `use_cpu` before `TrainingArguments` checks them.
 
-    TRL's default is bf16 wherever fp16 is not asked for, which raises on a machine without an accelerator, and `use_cpu`
-    alone would turn bf16 autocast on there.
+    TRL's default is bf16 wherever fp16 is not asked for, which raises on a machine without an accelerator, and
+    `use_cpu` alone would turn bf16 autocast on there.
 
     Args:
         bf16 (`bool` or `None`): as asked; `None` means bf16 where the accelerator has it, never on CPU.

@@ -196,7 +196,7 @@ def tokenize_documents(
 
     For models that know single documents only; the paper joins them (`tokenize_and_pack`).
 
-    Args, returns and errors are those of `tokenize_and_pack`; the rows are of different lengths, so batches get padding.
+    Args, returns and errors are those of `tokenize_and_pack`; rows differ in length, so batches get padding.
     """
     eos = tokenizer.eos_token_id
     if eos is None:

@@ -28,11 +28,16 @@ def describe_run(settings: RunSettings) -> str:
     """What `resa-hf run` would do."""
     run = settings.run
     stage1 = SAETrainingConfig(**settings.stage1, output_dir="unused") if settings.sae_sources else None
-    stage2 = SAETuningConfig(**settings.stage2, output_dir="unused", **({"sae": "trained by Stage I"} if stage1 else {}))
+    stage2 = SAETuningConfig(**settings.stage2, output_dir="unused")
     trained = [arm.name for arm in settings.arms if arm.known is None]
     jobs = (
-        f"{len(settings.sae_sources) * len(run.seeds)} SAE trainings; {len(trained)} trained arms x {len(run.seeds)} seeds"
-        + (f", {len(settings.learning_rates)} learning rates to choose among" if len(settings.learning_rates) > 1 else "")
+        f"{len(settings.sae_sources) * len(run.seeds)} SAE trainings; "
+        f"{len(trained)} trained arms x {len(run.seeds)} seeds"
+        + (
+            f", {len(settings.learning_rates)} learning rates to choose among"
+            if len(settings.learning_rates) > 1
+            else ""
+        )
         + f"; answers of {len(settings.arms) + 1} arms to {run.held_out} questions."
     )
     resolved = json.dumps(as_plain(settings), indent=2, default=str)

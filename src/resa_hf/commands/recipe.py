@@ -14,7 +14,7 @@ from ..experiment.settings import Arm, RunArguments, RunSettings, make_arms
 from ..sae.config import SAETrainingConfig
 from ..tuning.config import SAETuningConfig
 
-SECTIONS: dict[str, type] = {"stage1": SAETrainingConfig, "stage2": SAETuningConfig, "sampling": Sampling}
+SECTIONS: dict[str, Any] = {"stage1": SAETrainingConfig, "stage2": SAETuningConfig, "sampling": Sampling}
 # The run sets these itself: one value for all arms would be wrong, or would be overwritten.
 _RESERVED = {"output_dir", "seed", "sae", "sae_revision", "packing"}
 
@@ -43,13 +43,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def parse_flat(types: Sequence[type], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
+def parse_flat(types: Sequence[Any], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
     """Parses `--config` and flags into dataclasses that share one flat recipe.
 
     Raises:
         `ValueError`: for an unknown key, a wrong choice, or a recipe that cannot be read.
     """
-    parser = TrlParser(types, prog=prog, description=description, allow_abbrev=False)
+    parser = TrlParser(list(types), prog=prog, description=description, allow_abbrev=False)
     rest, path = _take_config(argv)
     _set_defaults(parser, read_yaml(path) if path else {}, str(path))
     return tuple(parser.parse_args_into_dataclasses(rest))
@@ -64,17 +64,17 @@ def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | N
         config (`Path`, *optional*): the recipe, where none is named by a flag.
 
     Raises:
-        `ValueError`: for an unknown key, a wrong choice, settings that contradict each other, or a recipe that cannot be read.
+        `ValueError`: for an unknown key, a wrong choice, settings that contradict each other, or a recipe that cannot
+        be read.
     """
-    rest, path = _take_config(argv)
-    path = path or config
+    rest, named = _take_config(argv)
+    path = named or config
     recipe = read_yaml(path) if path else {}
     arms = recipe.pop("arms", None)
     flags, rest = _take_sections(rest)
-    sections = {
-        name: _section(name, recipe.pop(name, None), flags.get(name, []), str(path)) for name in SECTIONS
-    }
-    parser = TrlParser(RunArguments, prog=prog, description=description, allow_abbrev=False)
+    sections = {name: _section(name, recipe.pop(name, None), flags.get(name, []), str(path)) for name in SECTIONS}
+    types: list[Any] = [RunArguments]
+    parser = TrlParser(types, prog=prog, description=description, allow_abbrev=False)
     parser.epilog = "Keys of the sections stage1, stage2 and sampling: --stage2.learning_rate 1e-5, and so on."
     _set_defaults(parser, recipe, str(path))
     (run,) = parser.parse_args_into_dataclasses(rest)
@@ -83,7 +83,9 @@ def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | N
     )
     lengths = [section.get("max_length") for section in (settings.stage1, settings.stage2)]
     if None not in lengths and lengths[0] != lengths[1]:
-        raise ValueError(f"max_length is {lengths[0]} in stage1 and {lengths[1]} in stage2; a run packs its text once.")
+        raise ValueError(
+            f"max_length is {lengths[0]} in stage1 and {lengths[1]} in stage2; a run packs its text once."
+        )
     for arm in settings.arms:
         _check_arm(settings, arm)
     if settings.sae_sources:
@@ -130,14 +132,16 @@ def _section(name: str, recipe: Any, flags: list[str], where: str) -> dict[str, 
     recipe = {} if recipe is None else recipe
     if not isinstance(recipe, dict):
         raise ValueError(f"{where}: {name} must be a mapping, not {recipe!r}.")
-    parser = TrlParser(SECTIONS[name], prog=name, allow_abbrev=False, add_help=False)
+    parser = TrlParser([SECTIONS[name]], prog=name, allow_abbrev=False, add_help=False)
     _set_defaults(parser, recipe, f"{where}: {name}")
     values = vars(parser.parse_args(flags))
     given = {word.removeprefix("--").partition("=")[0] for word in flags if word.startswith("--")}
     keys = set(recipe) | {field.name for field in dataclasses.fields(SECTIONS[name]) if field.name in given}
     reserved = sorted(keys & _RESERVED) if name != "sampling" else []
     if reserved:
-        raise ValueError(f"{where}: {', '.join(reserved)} cannot be set in {name}; the run sets it (see `seeds` and `sae`).")
+        raise ValueError(
+            f"{where}: {', '.join(reserved)} cannot be set in {name}; the run sets it (see `seeds` and `sae`)."
+        )
     return {key: values[key] for key in sorted(keys)}
 
 
@@ -158,5 +162,6 @@ def _check_stage1(settings: RunSettings) -> None:
         raise ValueError("stage1.hookpoints is not set: say where to train the SAE, for example `hookpoints: [12]`.")
     if len(config.hookpoints) > 1 and "sae_id" not in settings.stage2:
         raise ValueError(
-            f"stage1.hookpoints names {len(config.hookpoints)} hookpoints; a run tunes with one SAE: set stage2.sae_id."
+            f"stage1.hookpoints names {len(config.hookpoints)} hookpoints; a run tunes with one SAE: set "
+            "stage2.sae_id."
         )

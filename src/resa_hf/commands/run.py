@@ -1,10 +1,11 @@
 """
 resa-hf run: the whole way on your own questions and answers.
 
-    resa-hf run --config recipes/tiny-reasoner/run/own_data.yaml --dataset mine.jsonl --question_column q --answer_column a
+    resa-hf run --config recipes/tiny-reasoner/run/own_data.yaml --dataset mine.jsonl --question_column q
+    --answer_column a
 
-Trains an SAE on the source model (Stage I), tunes the target with it (Stage II), lets both answer held-out questions, and
-says whether the tuned model is better. Started again after an interruption, it goes on where it stopped.
+Trains an SAE on the source model (Stage I), tunes the target with it (Stage II), lets both answer held-out questions,
+and says whether the tuned model is better. Started again after an interruption, it goes on where it stopped.
 """
 
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ def packed_text(
         parts["train"], parts["held_out"] = hold_out(rows, data.held_out, data.split_seed)
     packed = {}
     for name, part in parts.items():
-        text = add_text(part, template=data.template, tokenizer=tokenizer)  # type: ignore[arg-type]
+        text = add_text(part, template=data.template, tokenizer=tokenizer)
         packed[name], counted = (tokenize_and_pack if data.pack else tokenize_documents)(text, tokenizer, max_length)
         told[name] = counted.describe()
     for name, sentence in told.items():

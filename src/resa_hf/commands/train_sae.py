@@ -3,8 +3,8 @@ resa-hf train-sae: Stage I alone.
 
     resa-hf train-sae --config recipes/deepseek-r1-distill-qwen-1.5b/sae/paper.yaml
 
-Trains one TopK SAE at each hookpoint on a frozen model's activations, in one pass; a rerun goes on from the last checkpoint.
-Leaves one folder a hookpoint, which sae-lens loads, and report.json.
+Trains one TopK SAE at each hookpoint on a frozen model's activations, in one pass; a rerun goes on from the last
+checkpoint. Leaves one folder a hookpoint, which sae-lens loads, and report.json.
 """
 
 from collections.abc import Sequence

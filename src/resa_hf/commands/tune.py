@@ -3,8 +3,8 @@ resa-hf tune: Stage II alone.
 
     resa-hf tune --config recipes/deepseek-r1-distill-qwen-1.5b/tune/paper.yaml --sae runs/sae/layers.12
 
-Trains a LoRA adapter with a frozen SAE spliced in; a rerun goes on from the last checkpoint. Leaves a plain PEFT adapter and
-report.json.
+Trains a LoRA adapter with a frozen SAE spliced in; a rerun goes on from the last checkpoint. Leaves a plain PEFT
+adapter and report.json.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,13 @@ def main(argv: Sequence[str]) -> None:
     args.packing = False
     model = load_causal_lm(name, model_args.model_adapter, revision=model_args.model_revision, dtype=model_args.dtype)
     trainer = SAETuningTrainer(
-        model, args, train, held_out, processing_class=tokenizer, source_model=source, peft_config=lora_args.lora_config()
+        model,
+        args,
+        train,
+        held_out,
+        processing_class=tokenizer,
+        source_model=source,
+        peft_config=lora_args.lora_config(),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     quality = trainer.evaluate() if held_out is not None else {}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,9 +56,9 @@ class Sampling:
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"temperature 0 gives one answer a problem, but samples is {self.samples}.")
 
-    def generation_config(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    def generation_config(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
         """Transformers' settings; nothing is taken from the model's own generation_config.json but its end tokens."""
-        own = causal_lm(model).generation_config
+        own: GenerationConfig | None = causal_lm(model).generation_config  # type: ignore[assignment]
         ends = own.eos_token_id if own is not None else None
         sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature > 0 else {}
         return GenerationConfig(
@@ -86,7 +88,7 @@ class Outcomes:
 
 
 def answer(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     golds: Sequence[str],
@@ -110,7 +112,9 @@ def answer(
         `DataError`: if there is no problem, or not one gold answer a prompt.
     """
     if not prompts or len(prompts) != len(golds):
-        raise DataError(f"{len(prompts)} prompts and {len(golds)} gold answers: at least one of each, and equally many.")
+        raise DataError(
+            f"{len(prompts)} prompts and {len(golds)} gold answers: at least one of each, and equally many."
+        )
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     # Prompts of like length need little padding, and tend to have answers of like length.
     order = sorted((i for i in range(len(prompts)) for _ in range(sampling.samples)), key=lambda i: len(encoded[i]))
@@ -130,29 +134,30 @@ def answer(
         for start in tqdm(range(0, len(order), sampling.batch_size), "Answering", unit="batch", disable=not progress):
             batch = order[start : start + sampling.batch_size]
             ids, mask = _left_padded([encoded[i] for i in batch], _pad_token(tokenizer))
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]  # mypy takes it for a submodule
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
             for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
                 length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
                 truncated[index].append(row[length - 1] not in ends)
                 lengths[index].append(length)
-                completions[index].append(tokenizer.decode(row[:length], skip_special_tokens=True))
+                completions[index].append(str(tokenizer.decode(row[:length], skip_special_tokens=True)))
     correct = [
-        [is_correct(extract_answer(text), gold) for text in texts] for texts, gold in zip(completions, golds, strict=True)
+        [is_correct(extract_answer(text), gold) for text in texts]
+        for texts, gold in zip(completions, golds, strict=True)
     ]
     return Outcomes(np.array(correct), np.array(lengths), np.array(truncated), completions)
 
 
 @contextmanager
-def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+def _without_own_settings(model: nn.Module) -> Iterator[None]:
     """`generate` fills whatever its settings leave open from the model's own, a repetition penalty for example."""
     bare = causal_lm(model)
     own, bare.generation_config = bare.generation_config, GenerationConfig()  # type: ignore[assignment]
     try:
         yield
     finally:
-        bare.generation_config = own  # type: ignore[assignment]
+        bare.generation_config = own
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,8 +15,9 @@ def make_known(
 
     Args:
         known (`str`):
-            `"zero_adapter"`: a LoRA whose update is exactly zero (no difference). `"svd_of_source"`: a LoRA cut by singular
-            value decomposition from the source's weights minus the target's (a gain, if the source is better).
+            `"zero_adapter"`: a LoRA whose update is exactly zero (no difference). `"svd_of_source"`: a LoRA cut by
+            singular value decomposition from the source's weights minus the target's (a gain, if the source is
+            better).
             `"weight_noise"`: Gaussian noise on every linear layer of the decoder (a loss).
         model, source ([`~transformers.PreTrainedModel`]):
             Target and source, of one shape.
@@ -39,13 +40,16 @@ def _set_to_difference(peft: PeftModel, source: PreTrainedModel) -> None:
     for name, module in peft.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        base = module.get_base_layer().weight
-        difference = source.get_submodule(name).weight.to(base) - base
+        base: torch.Tensor = module.get_base_layer().weight  # type: ignore[assignment]
+        wanted: torch.Tensor = source.get_submodule(name).weight  # type: ignore[assignment]
+        difference = wanted.to(base) - base
         u, s, v = torch.linalg.svd(difference.float(), full_matrices=False)
         rank = module.r["default"]
         root = s[:rank].sqrt() / module.scaling["default"] ** 0.5
-        module.lora_B["default"].weight.zero_()[:, : len(root)] = u[:, :rank] * root
-        module.lora_A["default"].weight.zero_()[: len(root)] = root.unsqueeze(1) * v[:rank]
+        lora_a: torch.Tensor = module.lora_A["default"].weight  # type: ignore[assignment]
+        lora_b: torch.Tensor = module.lora_B["default"].weight  # type: ignore[assignment]
+        torch.nn.init.zeros_(lora_a)[: len(root)] = root.unsqueeze(1) * v[:rank]
+        torch.nn.init.zeros_(lora_b)[:, : len(root)] = u[:, :rank] * root
 
 
 @torch.no_grad()

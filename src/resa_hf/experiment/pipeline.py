@@ -18,7 +18,8 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
         `list[ArmResult]`: the base first, then the arms in the recipe's order.
 
     Raises:
-        `DataError`: if the data cannot be used, or if the folder holds a run with other settings, or cannot be written.
+        `DataError`: if the data cannot be used, or if the folder holds a run with other settings, or cannot be
+        written.
         `JobError`: from a stage, naming the arm; what was finished is kept.
     """
     started = time.perf_counter()
@@ -45,13 +46,14 @@ def _claim(folder: RunFolder, settings: RunSettings) -> None:
             f"{section}.{key}" if isinstance(plain[section], dict) else section
             for section in plain
             for key in (plain[section] if isinstance(plain[section], dict) else [""])
-            if (there.get(section, {}).get(key) if key else there.get(section)) != (plain[section][key] if key else plain[section])
+            if (there.get(section, {}).get(key) if key else there.get(section))
+            != (plain[section][key] if key else plain[section])
             and (section, key) not in (("run", "processes"), ("run", "output_dir"))
         ]
         if different:
             raise DataError(
-                f"{folder.root} holds a run with other settings ({', '.join(different)}). Choose another --output_dir, or "
-                "delete the folder."
+                f"{folder.root} holds a run with other settings ({', '.join(different)}). Choose another "
+                "--output_dir, or delete the folder."
             )
         return
     write_json(folder.settings, plain)

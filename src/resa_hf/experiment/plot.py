@@ -19,8 +19,12 @@ def plot_results(results: list[ArmResult], path: Path, subtitle: str) -> None:
     for row, result in enumerate(results):
         interval = result.accuracy
         colour = COLOURS[result.verdict.word] if result.verdict is not None else "#333333"
-        axes.plot([100 * interval.low, 100 * interval.high], [row, row], color=colour, linewidth=5, alpha=0.35, zorder=2)
-        axes.scatter([100 * a for a in result.by_seed], [row] * len(result.by_seed), s=12, color=colour, alpha=0.7, zorder=3)
+        axes.plot(
+            [100 * interval.low, 100 * interval.high], [row, row], color=colour, linewidth=5, alpha=0.35, zorder=2
+        )
+        axes.scatter(
+            [100 * a for a in result.by_seed], [row] * len(result.by_seed), s=12, color=colour, alpha=0.7, zorder=3
+        )
         axes.scatter([100 * interval.estimate], [row], s=55, color=colour, edgecolor="white", zorder=4)
         words = "the untouched base" if result.verdict is None or result.difference is None else (
             f"{result.verdict.word}  {100 * result.difference.estimate:+.1f}"

@@ -13,7 +13,9 @@ from ..text import Template, add_text, evaluation_prompt, tokenize_and_pack, tok
 from .folder import RunFolder, read_json, write_json
 from .settings import RunArguments
 
-MEASURED_DOCUMENTS = 256  # held-out documents on which FVU and KL are measured; the verdict uses all held-out questions
+MEASURED_DOCUMENTS = (
+    256  # held-out documents on which FVU and KL are measured; the verdict uses all held-out questions
+)
 
 
 def prepare(folder: RunFolder, run: RunArguments, max_length: int) -> dict[str, Any]:
@@ -84,5 +86,6 @@ def describe(report: dict[str, Any]) -> str:
     return (
         f"Data: {report['rows']}\n"
         f"  train: {report['train_rows']:,} rows; {report['tokens']['train']['describe']}\n"
-        f"  held out: {report['held_out_rows']:,} rows for the verdict, {report['selection_rows']:,} for the learning rate."
+        f"  held out: {report['held_out_rows']:,} rows for the verdict, "
+        f"{report['selection_rows']:,} for the learning rate."
     )

@@ -34,7 +34,8 @@ def write_report(
     title = f"# {settings.run.model_name_or_path} on {settings.run.dataset}\n\n![accuracy by arm](report.png)"
     closing = (
         f"{data['rows']} {data['train_rows']:,} rows to train on ({data['tokens']['train']['describe']}); "
-        f"{data['held_out_rows']:,} held out.\n\nSeeds {', '.join(map(str, settings.run.seeds))}. Took {seconds:.0f} s. "
+        f"{data['held_out_rows']:,} held out.\n\n"
+        f"Seeds {', '.join(map(str, settings.run.seeds))}. Took {seconds:.0f} s. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + "."
     )
@@ -74,10 +75,23 @@ def as_plain(settings: RunSettings) -> dict[str, Any]:
 
 def table(results: list[ArmResult]) -> str:
     """The result table in Markdown, its columns aligned."""
-    head = ["arm", "accuracy %", "95% interval", "minus base", "95% interval", "greedy %", "KL first", "KL last", "length", "verdict"]
+    head = [
+        "arm",
+        "accuracy %",
+        "95% interval",
+        "minus base",
+        "95% interval",
+        "greedy %",
+        "KL first",
+        "KL last",
+        "length",
+        "verdict",
+    ]
     rows = [head] + [_row(result) for result in results]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
@@ -103,13 +117,14 @@ def _reading(settings: RunSettings, results: list[ArmResult]) -> str:
     seeds, problems = len(settings.run.seeds), len(results[0].outcomes)
     if seeds >= SEEDS_FOR_THE_METHOD:
         question = (
-            f"These are verdicts on the method: differences to the base are paired by seed ({seeds} seeds, t interval with "
-            f"{seeds - 1} degrees of freedom; the same {problems} problems and sampling seeds for every arm)."
+            f"These are verdicts on the method: differences to the base are paired by seed ({seeds} seeds, t interval "
+            f"with {seeds - 1} degrees of freedom; the same {problems} problems and sampling seeds for every arm)."
         )
     else:
+        subject = "this adapter" if seeds == 1 else "these adapters"
         question = (
-            f"These are verdicts on {'this adapter' if seeds == 1 else 'these adapters'}, not on the method: differences are "
-            f"paired by problem ({problems} problems). {SEEDS_FOR_THE_METHOD} seeds or more make a statement about the method."
+            f"These are verdicts on {subject}, not on the method: differences are paired by problem ({problems} "
+            f"problems). {SEEDS_FOR_THE_METHOD} seeds or more make a statement about the method."
         )
     correction = "" if len(results) < 3 else f" p values carry Holm's correction for {len(results) - 1} comparisons."
     lines = [

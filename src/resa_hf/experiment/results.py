@@ -149,7 +149,9 @@ def sae_quality(folder: RunFolder, settings: RunSettings) -> dict[str, dict[str,
     for source in settings.sae_sources:
         reports = [read_json(folder.sae(source, seed) / STAGE1) for seed in settings.run.seeds]
         keys = [key for key in reports[0]["quality"] if key.startswith(("eval_fvu/", "eval_l0/", "eval_dead_share/"))]
-        table[source] = {key.removeprefix("eval_"): float(np.mean([r["quality"][key] for r in reports])) for key in keys}
+        table[source] = {
+            key.removeprefix("eval_"): float(np.mean([r["quality"][key] for r in reports])) for key in keys
+        }
         table[source]["seconds"] = sum(report["seconds"] for report in reports)
     return table
 

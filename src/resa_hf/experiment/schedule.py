@@ -131,5 +131,9 @@ def _start_worker(threads: int) -> None:
 
 
 def _run_quietly(job: Job, folder: RunFolder, settings: RunSettings) -> None:
-    with (folder.root / "log.txt").open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with (
+        (folder.root / "log.txt").open("a") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
         job.run(folder, settings)

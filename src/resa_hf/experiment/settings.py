@@ -16,8 +16,9 @@ KNOWN = ("zero_adapter", "svd_of_source", "weight_noise")
 @dataclass
 class RunArguments(ModelArguments, SourceArguments, LoraArguments, DataArguments):
     """
-    What a run's recipe says at its top: [`ModelArguments`], [`SourceArguments`], [`LoraArguments`], [`DataArguments`], and the protocol. Its
-    sections are `stage1` ([`SAETrainingConfig`]), `stage2` ([`SAETuningConfig`]), `sampling` ([`Sampling`]) and `arms`.
+    What a run's recipe says at its top: [`ModelArguments`], [`SourceArguments`], [`LoraArguments`], [`DataArguments`],
+    and the protocol. Its sections are `stage1` ([`SAETrainingConfig`]), `stage2` ([`SAETuningConfig`]), `sampling`
+    ([`Sampling`]) and `arms`.
 
     Args:
         selection (`int`, *optional*, defaults to `0`):
@@ -47,7 +48,9 @@ class RunArguments(ModelArguments, SourceArguments, LoraArguments, DataArguments
     sae: str | None = field(default=None, metadata={"help": "A pretrained SAE; default: Stage I trains one."})
     sae_id: str | None = field(default=None, metadata={"help": "Which SAE of the repo."})
     sae_revision: str | None = field(default=None, metadata={"help": "Revision of the SAE's repo."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Everything random is repeated with each."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Everything random is repeated with each."}
+    )
     learning_rates: list[float] | None = field(default=None, metadata={"help": "Each arm chooses among these."})
     greedy: bool = field(default=False, metadata={"help": "Also evaluate at temperature 0."})
     margin: float = field(default=0.02, metadata={"help": "Accuracy differences below this count as equivalent."})
@@ -56,7 +59,7 @@ class RunArguments(ModelArguments, SourceArguments, LoraArguments, DataArguments
 
     def __post_init__(self) -> None:
         for parent in (ModelArguments, SourceArguments, LoraArguments, DataArguments):
-            parent.__post_init__(self)  # type: ignore[arg-type]
+            parent.__post_init__(self)
         unset_none(self, "sae", "sae_id")
         # YAML reads 1e-4 as text.
         if self.learning_rates is not None:
@@ -80,7 +83,8 @@ class Arm:
         name (`str`):
             As shown.
         sae_from (`str`):
-            Whose SAE: trained on the `"source"` or the `"base"` (the target before tuning), `"pretrained"`, or `"none"`.
+            Whose SAE: trained on the `"source"` or the `"base"` (the target before tuning), `"pretrained"`, or
+            `"none"`.
         known (`str`, *optional*):
             Not trained, but made so that the verdict is known: `"zero_adapter"`, `"svd_of_source"`, `"weight_noise"`.
         tuning (`dict`):

@@ -2,21 +2,17 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation.engine import Sampling, answer
 from ..models import load_causal_lm, load_tokenizer
-from ..sae.checkpoint import load_sae
 from ..sae.config import SAETrainingConfig
 from ..sae.trainer import SAETrainer
 from ..tuning.config import SAETuningConfig
@@ -103,7 +99,14 @@ def _tune(
 ) -> PreTrainedModel | PeftModel:
     run = settings.run
     args = SAETuningConfig(
-        **{"report_to": "none", "save_strategy": "no", **settings.stage2, **arm.tuning, **fixed, **_sae_of(folder, settings, arm, fixed["seed"])},
+        **{
+            "report_to": "none",
+            "save_strategy": "no",
+            **settings.stage2,
+            **arm.tuning,
+            **fixed,
+            **_sae_of(folder, settings, arm, fixed["seed"]),
+        },
         output_dir=str(place / "run"),
         # The data is packed already.
         packing=False,
@@ -133,7 +136,8 @@ def _tune(
         "log": history,
     }
     write_json(place / TUNING, report)
-    return trainer.model
+    tuned: PeftModel = trainer.model  # type: ignore[assignment]  # the trainer made it one
+    return tuned
 
 
 def _sae_of(folder: RunFolder, settings: RunSettings, arm: Arm, seed: int) -> dict[str, Any]:
@@ -163,7 +167,11 @@ def _write_answers(path: Path, questions: list[dict[str, str]], outcomes: Any, s
     with draft.open("w") as file:
         file.write(json.dumps({"seconds": seconds}) + "\n")
         for i, question in enumerate(questions):
-            row = {"problem": question["problem"], "answer": question["answer"], "completions": outcomes.completions[i]}
+            row = {
+                "problem": question["problem"],
+                "answer": question["answer"],
+                "completions": outcomes.completions[i],
+            }
             row |= {key: getattr(outcomes, key)[i].tolist() for key in ("correct", "lengths", "truncated")}
             file.write(json.dumps(row) + "\n")
     draft.replace(path)
@@ -172,4 +180,7 @@ def _write_answers(path: Path, questions: list[dict[str, str]], outcomes: Any, s
 def read_answers(path: Path) -> dict[str, Any]:
     """`correct`, `lengths`, `truncated`: arrays `[problems, samples]`; and `seconds`, from a file of answers."""
     head, *rows = (json.loads(line) for line in path.read_text().splitlines())
-    return {"seconds": head["seconds"], **{key: np.array([row[key] for row in rows]) for key in ("correct", "lengths", "truncated")}}
+    return {
+        "seconds": head["seconds"],
+        **{key: np.array([row[key] for row in rows]) for key in ("correct", "lengths", "truncated")},
+    }

@@ -22,7 +22,8 @@ class SAETuningConfig(SFTConfig):
     Configuration of [`SAETuningTrainer`]: [`~trl.SFTConfig`] with other defaults (learning rate 1e-6, constant; 2,048
     tokens a sequence, packing `wrapped`, loss on all tokens; bf16 where the device has it) and these fields.
 
-    The method is SAE-Tuning, huggingface.co/papers/2506.09967. Where its text and its released code differ, the field says so.
+    The method is SAE-Tuning, huggingface.co/papers/2506.09967. Where its text and its released code differ, the field
+    says so.
 
     Args:
         sae (`str`, *optional*):
@@ -38,13 +39,15 @@ class SAETuningConfig(SFTConfig):
         sae_in (`str`, *optional*, defaults to `"student"`):
             The forward that the SAE is spliced into: `"student"` or `"teacher"`.
         sae_gradient (`str`, *optional*, defaults to `"flow"`):
-            `"flow"`: the gradient passes through the frozen SAE, so layers below learn too (the paper's text). `"stop"`: it
-            ends at the SAE (the released code); adapters at or below a decoder-layer hookpoint then never move.
+            `"flow"`: the gradient passes through the frozen SAE, so layers below learn too (the paper's text).
+            `"stop"`: it ends at the SAE (the released code); adapters at or below a decoder-layer hookpoint then never
+            move.
         kl_reference (`str`, *optional*, defaults to `"base"`):
-            The teacher: `"base"`, all adapters off; `"adapted"`, the same adapter without the SAE; `"source"`, another model.
+            The teacher: `"base"`, all adapters off; `"adapted"`, the same adapter without the SAE; `"source"`, another
+            model.
         kl_beta (`float`, *optional*, defaults to `0.0`):
-            0 is KL(teacher || student) (the released code), 1 is KL(student || teacher) (the paper's D(y~, y)), in between
-            TRL's generalised Jensen-Shannon divergence.
+            0 is KL(teacher || student) (the released code), 1 is KL(student || teacher) (the paper's D(y~, y)), in
+            between TRL's generalised Jensen-Shannon divergence.
         kl_temperature (`float`, *optional*, defaults to `1.0`):
             Divides both logits. There is no T^2 factor.
         kl_weight (`float`, *optional*, defaults to `1.0`):
@@ -58,9 +61,10 @@ class SAETuningConfig(SFTConfig):
         exclude_special_tokens (`bool`, *optional*):
             Let special tokens pass the SAE untouched. `None`: as the SAE was trained, by its metadata.
         share_prefix (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`: run the layers up to the hookpoint once for teacher and student where that is exact (`sae_gradient`
-            `"stop"`, a decoder-layer hookpoint, SAE in the student, teacher `"base"`, adapters below at zero, no dropout in
-            the model); `"never"`.
+            `"auto"`: run the layers up to the hookpoint once for teacher and student where that is exact
+            (`sae_gradient`
+            `"stop"`, a decoder-layer hookpoint, SAE in the student, teacher `"base"`, adapters below at zero, no
+            dropout in the model); `"never"`.
 
     Raises:
         `ValueError`: for a wrong choice, or settings that contradict each other.
@@ -103,7 +107,9 @@ class SAETuningConfig(SFTConfig):
                 setattr(self, name, None)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, choices))}.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, choices))}."
+                )
         self._check_numbers()
         self._check_contradictions()
         for name, value in runnable_precision(self.bf16, self.fp16, self.use_cpu).items():
@@ -126,9 +132,15 @@ class SAETuningConfig(SFTConfig):
 
     def _check_contradictions(self) -> None:
         if self.sae_in == "teacher" and self.sae_gradient == "stop":
-            raise ValueError("sae_gradient: stop has no meaning with sae_in: teacher, which always runs without gradient.")
-        if self.kl_weight == 0 and (self.sae_in == "teacher" or self.kl_reference != "base" or self.control is not None):
-            raise ValueError("kl_weight is 0, so there is no teacher: sae_in, kl_reference and control must be left alone.")
+            raise ValueError(
+                "sae_gradient: stop has no meaning with sae_in: teacher, which always runs without gradient."
+            )
+        if self.kl_weight == 0 and (
+            self.sae_in == "teacher" or self.kl_reference != "base" or self.control is not None
+        ):
+            raise ValueError(
+                "kl_weight is 0, so there is no teacher: sae_in, kl_reference and control must be left alone."
+            )
 
     def check_sae(self, has_sae: bool) -> None:
         """Checks what depends on whether there is an SAE, which may be given here or to the trainer.
@@ -140,6 +152,7 @@ class SAETuningConfig(SFTConfig):
             raise ValueError(f"control: {self.control} takes its size from an SAE's error, but `sae` is not set.")
         if not has_sae and self.kl_weight > 0 and self.kl_reference != "source":
             raise ValueError(
-                f"No SAE, kl_weight {self.kl_weight} and kl_reference {self.kl_reference!r}: teacher and student would be "
-                "the same model and the loss zero. Set `sae`, or kl_reference: source, or kl_weight: 0 with sft_weight."
+                f"No SAE, kl_weight {self.kl_weight} and kl_reference {self.kl_reference!r}: teacher and student "
+                "would be the same model and the loss zero. Set `sae`, or kl_reference: source, or kl_weight: 0 and "
+                "sft_weight."
             )

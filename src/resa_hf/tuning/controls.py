@@ -43,7 +43,9 @@ class RandomSAEControl(nn.Module):
     def __init__(self, sae: TopKSAE, seed: int) -> None:
         super().__init__()
         self.sae = sae
-        self.random = TopKSAE(sae.d_in, sae.num_latents, sae.k, dtype=sae.b_dec.dtype, device=sae.b_dec.device, seed=seed)
+        self.random = TopKSAE(
+            sae.d_in, sae.num_latents, sae.k, dtype=sae.b_dec.dtype, device=sae.b_dec.device, seed=seed
+        )
         with torch.no_grad():
             self.random.b_dec.copy_(sae.b_dec)
         self.random.requires_grad_(False)

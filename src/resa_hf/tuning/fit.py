@@ -67,8 +67,8 @@ def place_sae(model: nn.Module, args: SAETuningConfig, sae: str | nn.Module | No
     mismatch = own if own is not None and resolve_hookpoint(model, own) != hookpoint else None
     if mismatch is not None and not args.allow_hookpoint_mismatch:
         raise IncompatibleSAEError(
-            f"The SAE was trained on {mismatch!r} and is to be spliced into {hookpoint!r}, whose activations it does not "
-            "know. Set `hookpoint` to its own, take another SAE, or set `allow_hookpoint_mismatch: true`."
+            f"The SAE was trained on {mismatch!r} and is to be spliced into {hookpoint!r}, whose activations it does "
+            "not know. Set `hookpoint` to its own, take another SAE, or set `allow_hookpoint_mismatch: true`."
         )
     path, _ = decoder_layers(model)
     returns_tensor = _try(model, module, hookpoint)
@@ -127,8 +127,8 @@ def warn_of_mismatch(model: nn.Module, placed: PlacedSAE, batch: dict[str, Any])
     x = activations[placed.hookpoint].flatten(0, -2)
     fvu = (x - placed.module(x)).square().sum() / (x - x.mean(0)).square().sum()
     warnings.warn(
-        f"The SAE was trained on {placed.mismatch!r} but is spliced into {placed.hookpoint!r}, where its FVU is {fvu:.3f} "
-        "(1 is no better than the mean activation).",
+        f"The SAE was trained on {placed.mismatch!r} but is spliced into {placed.hookpoint!r}, where its FVU is "
+        f"{fvu:.3f} (1 is no better than the mean activation).",
         stacklevel=4,
     )
 

@@ -23,8 +23,7 @@ class Insertion(nn.Module):
         self.stop_gradient = stop_gradient
         self._untouched: torch.Tensor | None = None  # [batch, tokens], True where a position passes untouched
         self._off = False
-        self._measuring = False
-        self._sums: list[torch.Tensor] = []
+        self._measured: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -36,13 +35,13 @@ class Insertion(nn.Module):
             self._off = False
 
     @contextmanager
-    def measuring(self, counted: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-        """Yields a list that holds, after the forward, the FVU's sums (`fvu_of`) over the counted positions `[batch, tokens]`."""
-        self._counted, self._measuring, self._sums = counted, True, []
+    def measuring(self, counted: torch.Tensor, sums: list[torch.Tensor]) -> Iterator[None]:
+        """Appends the next forward's sums for `fvu_of` to `sums`, over the positions `counted` `[batch, tokens]`."""
+        self._measured = (counted, sums)
         try:
-            yield self._sums
+            yield
         finally:
-            self._measuring = False
+            self._measured = None
 
     def set_untouched(self, positions: torch.Tensor | None) -> None:
         """Positions `[batch, tokens]` (bool) that pass untouched from now on; `None` for none."""
@@ -57,9 +56,10 @@ class Insertion(nn.Module):
         y = self.module(x).to(x.dtype)
         if self._untouched is not None:
             y = torch.where(self._untouched.unsqueeze(-1), x, y)
-        if self._measuring:
-            self._sums.append(_fvu_sums(x.detach(), y.detach(), self._counted))
-            self._measuring = False  # gradient checkpointing may run this again in the backward
+        if self._measured is not None:
+            counted, sums = self._measured
+            sums.append(_fvu_sums(x.detach(), y.detach(), counted))
+            self._measured = None  # gradient checkpointing may run this again in the backward
         if self.stop_gradient and torch.is_grad_enabled():
             # Reentrant gradient checkpointing gives no gradient at all above a state that does not ask for one.
             y = y.detach().requires_grad_()

@@ -1,8 +1,8 @@
 """The divergence between teacher and student, from hidden states and the frozen LM heads, tiled over tokens.
 
-A frozen head has no gradient of its own, so all that the backward needs is the divergence's gradient with respect to the
-student's hidden states. It is known as soon as a tile's logits are: it is made in the forward, nothing is recomputed, and
-no `[tokens, vocabulary]` tensor exists.
+A frozen head has no gradient of its own, so all that the backward needs is the divergence's gradient with respect to
+the student's hidden states. It is known as soon as a tile's logits are: it is made in the forward, nothing is
+recomputed, and no `[tokens, vocabulary]` tensor exists.
 """
 
 from dataclasses import dataclass
@@ -65,10 +65,14 @@ def frozen_head(model: PreTrainedModel) -> LMHead:
             way that is not known here.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).__module__.startswith("peft.") or not head.weight.is_floating_point():
+    if (
+        not isinstance(head, nn.Linear)
+        or type(head).__module__.startswith("peft.")
+        or not head.weight.is_floating_point()
+    ):
         raise ValueError(
             f"The LM head is a {type(head).__module__}.{type(head).__name__}, but the KL loss needs a plain frozen "
-            "linear layer. Leave 'lm_head' out of the adapter's `target_modules` and `modules_to_save`, and unquantised."
+            "linear layer: leave 'lm_head' out of the adapter's target_modules and modules_to_save, and unquantised."
         )
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise ValueError("The LM head is trainable, but the KL loss is made for a frozen one: freeze `lm_head`.")
@@ -90,7 +94,9 @@ def _prove(model: PreTrainedModel, head: LMHead) -> None:
         expected = model(input_ids=tokens, use_cache=False).logits[0].to(torch.float32)
     # Half precision rounds each logit to about 2^-8 of its size.
     tolerance = 1e-4 if head.weight.dtype.itemsize >= 4 else 2e-2
-    if not torch.allclose(head.logits(hidden[0]).float(), expected, rtol=tolerance, atol=tolerance * expected.std().item()):
+    if not torch.allclose(
+        head.logits(hidden[0]).float(), expected, rtol=tolerance, atol=tolerance * expected.std().item()
+    ):
         raise ValueError(
             f"{type(model).__name__} does something to its logits that resa-hf does not know (its head was read as "
             f"scale {head.scale}, softcap {head.softcap}), so the KL would be wrong. Please report this model."
@@ -106,7 +112,7 @@ class TiledDivergence(torch.autograd.Function):
     """Per-token divergence `[tokens]` with the gradient to the student's hidden states made in the forward."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913
+    def forward(
         ctx: Any,
         student_hidden: torch.Tensor,
         teacher_hidden: torch.Tensor,

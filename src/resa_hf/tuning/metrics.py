@@ -35,7 +35,9 @@ class StepMetrics:
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         sums = [divergence.sum(), entropy.sum(), max(divergence.numel(), entropy.numel()), tokens]
-        self._sums.append(torch.stack([torch.as_tensor(x, dtype=torch.float64, device=divergence.device) for x in sums]))
+        self._sums.append(
+            torch.stack([torch.as_tensor(x, dtype=torch.float64, device=divergence.device) for x in sums])
+        )
         if first_step and divergence.numel():
             self._initial.append(self._sums[-1][[0, 2]])
         if divergence.numel():
@@ -72,7 +74,7 @@ def _quantiles(values: torch.Tensor) -> torch.Tensor:
 
 def gradient_norms(model: nn.Module, last_below: int) -> dict[str, torch.Tensor]:
     """Norms of the accumulated gradient, before clipping, at or below decoder layer `last_below` and above it."""
-    path, layers = decoder_layers(model)
+    _, layers = decoder_layers(model)
     below = {parameter for layer in list(layers)[: last_below + 1] for parameter in layer.parameters()}
     grads: dict[str, list[torch.Tensor]] = {"grad_norm_below": [], "grad_norm_above": []}
     for parameter in model.parameters():

@@ -1,8 +1,8 @@
 """Running the layers up to the hookpoint once for teacher and student, where both would compute the same there.
 
-With the gradient stopped at the SAE, adapters at or below a decoder-layer hookpoint stay at zero, so teacher and student
-share their prefix exactly. The student's prefix layers are made to hand the teacher's state through, which leaves masks,
-position embeddings and the layers above to the model's own code.
+With the gradient stopped at the SAE, adapters at or below a decoder-layer hookpoint stay at zero, so teacher and
+student share their prefix exactly. The student's prefix layers are made to hand the teacher's state through, which
+leaves masks, position embeddings and the layers above to the model's own code.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def passing_through(model: nn.Module, last_layer: int, state: torch.Tensor) -> I
             own = layer.__dict__.get("forward")
             undo = (layer.__dict__.pop, "forward") if own is None else (setattr, layer, "forward", own)
             stack.callback(*undo)
-            layer.forward = hand_through  # type: ignore[method-assign]
+            layer.forward = hand_through
         yield
 
 
@@ -40,8 +40,8 @@ def prefix_is_exact(
 ) -> bool:
     """Whether the student's prefix gives the teacher's state to the bit, and the layers above need nothing else of it.
 
-    Tried on the batch at hand: once in the present mode (so active dropout shows), once in evaluation mode with and without
-    the pass-through (so that an architecture whose upper layers read more than the hidden state shows).
+    Tried on the batch at hand: once in the present mode (so active dropout shows), once in evaluation mode with and
+    without the pass-through (so that an architecture whose upper layers read more than the hidden state shows).
     """
     path, _ = decoder_layers(model)
     name = f"{path}.{last_layer}"

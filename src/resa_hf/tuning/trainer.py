@@ -1,7 +1,7 @@
 """Stage II: SAE-Tuning as a `trl.SFTTrainer` with another loss."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,13 +29,15 @@ class SAETuningTrainer(SFTTrainer):
     """
     Trains a LoRA adapter so that the model with a frozen SAE spliced in predicts what the model without it predicts.
 
-    SAE-Tuning, huggingface.co/papers/2506.09967, section 2. The only change to [`~trl.SFTTrainer`] is the loss: `kl_weight` times the divergence between
-    teacher and student plus `sft_weight` times the cross-entropy, each the sum over the counted positions of all processes and accumulation steps, divided by
-    their number; position t counts if and only if `labels[t+1] != -100`. What is saved is a plain PEFT adapter: the SAE is not in it.
+    SAE-Tuning, huggingface.co/papers/2506.09967, section 2. The only change to [`~trl.SFTTrainer`] is the loss:
+    `kl_weight` times the divergence between teacher and student plus `sft_weight` times the cross-entropy, each the
+    sum over the counted positions of all processes and accumulation steps, divided by their number; position t counts
+    if and only if `labels[t+1] != -100`. What is saved is a plain PEFT adapter: the SAE is not in it.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The target model. A base with an adapter that is not trainable is merged first; a trainable adapter is trained on.
+            The target model. A base with an adapter that is not trainable is merged first; a trainable adapter is
+            trained on.
         args ([`SAETuningConfig`], *optional*):
             The settings.
         train_dataset, eval_dataset ([`~datasets.Dataset`]):
@@ -43,7 +45,8 @@ class SAETuningTrainer(SFTTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer.
         sae (`str` or `torch.nn.Module`, *optional*):
-            Hub repo or folder, or any module that maps `[..., d_in]` to `[..., d_in]`. It is frozen, and never changed. If `args.sae` is set too, they must agree.
+            Hub repo or folder, or any module that maps `[..., d_in]` to `[..., d_in]`. It is frozen, and never
+            changed. If `args.sae` is set too, they must agree.
         source_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The teacher with `kl_reference="source"`. It is frozen.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -54,9 +57,13 @@ class SAETuningTrainer(SFTTrainer):
         `ValueError`: for settings that contradict each other, a trainable head, or tokenizers that differ.
     """
 
-    _tag_names = ["trl", "resa-hf", "sae-tuning"]
+    args: SAETuningConfig
+    model: nn.Module
+    processing_class: PreTrainedTokenizerBase
+
+    _tag_names = ["trl", "resa-hf", "sae-tuning"]  # noqa: RUF012  # as in TRL's trainers
     _name = "SAE-Tuning"
-    _paper = {
+    _paper = {  # noqa: RUF012
         "title": "Resa: Transparent Reasoning Models via SAEs",
         "id": "2506.09967",
         "citation": "@article{wang2025resa,\n  title={Resa: Transparent Reasoning Models via SAEs},\n"
@@ -81,17 +88,24 @@ class SAETuningTrainer(SFTTrainer):
         args = args or SAETuningConfig(output_dir="sae-tuning")
         target = self._load_target(model, args)
         if isinstance(target, PeftModel) and target.active_peft_config.is_prompt_learning:
-            raise ValueError("Prompt-learning adapters are not supported: SAE-Tuning runs the backbone without the prompt.")
+            raise ValueError(
+                "Prompt-learning adapters are not supported: SAE-Tuning runs the backbone without the prompt."
+            )
         args.check_sae(sae is not None or args.sae is not None)
         if (source_model is not None) != (args.kl_reference == "source"):
+            given = "given" if source_model is not None else "not given"
             raise ValueError(
-                f"kl_reference is {args.kl_reference!r} and source_model is {'' if source_model is not None else 'not '}given; "
+                f"kl_reference is {args.kl_reference!r} and source_model is {given}; "
                 "source_model is needed with kl_reference: source, and has no use otherwise."
             )
         self._placed: PlacedSAE | None = place_sae(target, args, sae)
         if not isinstance(target, PeftModel):
             # TRL writes into the config that it is given.
-            peft_config = type(peft_config)(**peft_config.to_dict()) if peft_config is not None else LoraArguments().lora_config()
+            peft_config = (
+                type(peft_config)(**peft_config.to_dict())
+                if peft_config is not None
+                else LoraArguments().lora_config()
+            )
         super().__init__(
             model=target,
             args=args,
@@ -110,7 +124,6 @@ class SAETuningTrainer(SFTTrainer):
         self._shared: bool | None = None if args.share_prefix == "auto" else False
         self._step_metrics = {"train": StepMetrics(), "eval": StepMetrics()}
         self._forward_redirection = ForwardRedirection()
-        self._prefix_state: torch.Tensor | None = None
         self._trained_tokens = 0
         if not self._plain_sft:
             self._set_up_loss(source_model)
@@ -118,9 +131,8 @@ class SAETuningTrainer(SFTTrainer):
     @staticmethod
     def _load_target(model: str | PreTrainedModel | PeftModel, args: SAETuningConfig) -> PreTrainedModel | PeftModel:
         if isinstance(model, str):
-            kwargs = dict(args.model_init_kwargs or {})
-            args_dtype = kwargs.pop("dtype", "float32")
-            return load_causal_lm(model, dtype=args_dtype, revision=kwargs.pop("revision", None))
+            kwargs: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+            return load_causal_lm(model, **kwargs)
         if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
             return model.merge_and_unload()
         return model
@@ -128,7 +140,7 @@ class SAETuningTrainer(SFTTrainer):
     def _set_up_loss(self, source_model: str | PreTrainedModel | None) -> None:
         # The loss below is always divided by `num_items_in_batch`, whatever the signature of the model's forward.
         self.model_accepts_loss_kwargs = True
-        bare: PreTrainedModel = causal_lm(self.model)  # type: ignore[assignment]
+        bare: PreTrainedModel = causal_lm(self.model)  # type: ignore[assignment]  # it is one, inside PEFT
         self._head: LMHead = frozen_head(bare)
         self._teacher_head = self._head
         if source_model is not None:
@@ -172,7 +184,11 @@ class SAETuningTrainer(SFTTrainer):
         with self._spliced("student"):
             loss: torch.Tensor = super().training_step(*args, **kwargs)
         due = self.state.global_step + 1
-        if self._insertion is not None and self.accelerator.sync_gradients and due % max(self.state.logging_steps, 1) == 0:
+        if (
+            self._insertion is not None
+            and self.accelerator.sync_gradients
+            and due % max(self.state.logging_steps, 1) == 0
+        ):
             self._step_metrics["train"].gradients = gradient_norms(self.model, self._below)
         return loss
 
@@ -196,53 +212,54 @@ class SAETuningTrainer(SFTTrainer):
         loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        mode = "train" if self.model.training else "eval"
-        first_step = mode == "train" and self.state.global_step == 0
-        self._step_metrics[mode].add(divergence.detach(), entropy.detach(), inputs, first_step)
+        first_step = self.model.training and self.state.global_step == 0
+        self._metrics_of_mode().add(divergence.detach(), entropy.detach(), inputs, first_step)
         return (loss, None) if return_outputs else loss
 
     def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The divergence and the cross-entropy at the counted positions, each `[counted]` or empty where its weight is 0."""
+        """Divergence and cross-entropy at the counted positions, each `[counted]`, or empty for a weight of 0."""
         batch = _forward_inputs(inputs)
         labels = inputs["labels"][:, 1:]
         counted = labels != -100
-        if self._insertion is not None and self._placed is not None:
-            self._insertion.set_untouched(self._placed.special_positions(inputs["input_ids"]))
-        mode = "train" if self.model.training else "eval"
-        every = torch.nn.functional.pad(counted, (0, 1), value=False)
-        measuring = self._insertion.measuring(every) if self._insertion is not None else nullcontext([])
-        with measuring as fvu_sums:
-            teacher = self._teacher_hidden(model, batch, counted) if self.args.kl_weight > 0 else None
-            state = self._prefix_state if teacher is not None and self._shares_prefix(model, batch) else None
-            with nullcontext() if state is None else passing_through(model, self._below, state):
-                student = backbone(model)(**batch).last_hidden_state[:, :-1][counted]
-        self._step_metrics[mode].fvu_sums += fvu_sums
-        self._prefix_state = None
+        with ExitStack() as stack:
+            if self._insertion is not None and self._placed is not None:
+                self._insertion.set_untouched(self._placed.special_positions(inputs["input_ids"]))
+                every = torch.nn.functional.pad(counted, (0, 1), value=False)
+                fvu_sums = self._metrics_of_mode().fvu_sums
+                stack.enter_context(self._insertion.measuring(every, fvu_sums))
+            teacher, state = self._teacher_states(model, batch) if self.args.kl_weight > 0 else (None, None)
+            if state is not None and self._shares_prefix(model, batch, state):
+                stack.enter_context(passing_through(model, self._below, state))
+            student = backbone(model)(**batch).last_hidden_state[:, :-1][counted]
         divergence = entropy = student.new_zeros(0)
         if teacher is not None:
-            beta, temperature = self.args.kl_beta, self.args.kl_temperature
-            divergence = token_divergence(student, teacher, self._head, self._teacher_head, beta, temperature)
+            divergence = token_divergence(
+                student,
+                teacher[:, :-1][counted],
+                self._head,
+                self._teacher_head,
+                self.args.kl_beta,
+                self.args.kl_temperature,
+            )
         if self.args.sft_weight > 0:
             entropy = token_cross_entropy(student, self._head, labels[counted])
         return divergence, entropy
 
     @torch.no_grad()
-    def _teacher_hidden(self, model: nn.Module, batch: dict[str, Any], counted: torch.Tensor) -> torch.Tensor:
-        """The teacher's hidden states `[counted, d_model]`; keeps its state at the hookpoint if the student may use it."""
+    def _teacher_states(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The teacher's last states `[batch, tokens, d_model]`; those at the hookpoint if they may be shared."""
         teacher = self._source if self._source is not None else model
-        adapters_off = self.args.kl_reference == "base" and isinstance(model, PeftModel)
-        out_of_student = self._insertion is not None and self.args.sae_in == "student"
-        keep = [self._placed.hookpoint] if self._placed is not None and self._may_share() else []
-        with (
-            evaluating(teacher),
-            self._spliced("teacher"),
-            self._insertion.off() if out_of_student else nullcontext(),  # type: ignore[union-attr]
-            model.disable_adapter() if adapters_off else nullcontext(),  # type: ignore[operator]
-            capture(teacher, keep) if keep else nullcontext({}) as activations,
-        ):
-            hidden: torch.Tensor = backbone(teacher)(**batch).last_hidden_state
-        self._prefix_state = activations[keep[0]] if keep else None
-        return hidden[:, :-1][counted]
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(teacher))
+            stack.enter_context(self._spliced("teacher"))
+            if self._insertion is not None and self.args.sae_in == "student":
+                stack.enter_context(self._insertion.off())
+            if self.args.kl_reference == "base" and isinstance(model, PeftModel):
+                stack.enter_context(model.disable_adapter())
+            if self._placed is None or not self._may_share():
+                return backbone(teacher)(**batch).last_hidden_state, None
+            activations = stack.enter_context(capture(teacher, [self._placed.hookpoint]))
+            return backbone(teacher)(**batch).last_hidden_state, activations[self._placed.hookpoint]
 
     def _may_share(self) -> bool:
         return (
@@ -254,19 +271,21 @@ class SAETuningTrainer(SFTTrainer):
             and self.args.kl_reference == "base"
         )
 
-    def _shares_prefix(self, model: nn.Module, batch: dict[str, Any]) -> bool:
-        if not self._may_share():
-            return False
-        if self._shared is None and self.model.training:
-            self._shared = prefix_is_exact(model, self._insertion, self._below, self._prefix_state, batch)
+    def _shares_prefix(self, model: nn.Module, batch: dict[str, Any], state: torch.Tensor) -> bool:
+        """Whether the student may start from the teacher's state at the hookpoint; tried out in the first step."""
+        if self._shared is None and self.model.training and self._insertion is not None:
+            self._shared = prefix_is_exact(model, self._insertion, self._below, state, batch)
             if not self._shared:
-                self.accelerator.print("share_prefix: not exact on this model (dropout, or adapters not at zero); not used.")
+                self.accelerator.print("share_prefix: not exact here (dropout, or adapters not at zero), so not used.")
         return bool(self._shared)
+
+    def _metrics_of_mode(self) -> StepMetrics:
+        return self._step_metrics["train" if self.model.training else "eval"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if not self._plain_sft:
-            counts = self._step_metrics[mode].take(self.accelerator)
+            counts = self._metrics_of_mode().take(self.accelerator)
             tokens = int(counts.pop("tokens", 0))
             self._trained_tokens += tokens if mode == "train" else 0
             prefix = "eval_" if mode == "eval" else ""

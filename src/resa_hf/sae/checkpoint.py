@@ -1,0 +1,235 @@
+"""Load an SAE from the Hub or a folder, save one to a folder. Weights are safetensors, and nothing is unpickled."""
+
+import glob
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import sae_lens
+import torch
+from huggingface_hub import HfApi, ModelInfo, constants, scan_cache_dir, snapshot_download
+from huggingface_hub.errors import (
+    CacheNotFound,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from sae_lens.saes.sae import SAEMetadata
+from safetensors.torch import save_file
+
+from ..errors import IncompatibleSAEError
+from .autoencoder import SAELensSAE, TopKSAE
+from .layouts import CONFIG_FILE, SAE_LENS_WEIGHTS, SPARSIFY_WEIGHTS, read_sae, sae_lens_hook_name
+
+_WEIGHTS = (SAE_LENS_WEIGHTS, SPARSIFY_WEIGHTS)
+
+
+def load_sae(
+    name_or_path: str | os.PathLike[str],
+    sae_id: str | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TopKSAE | SAELensSAE:
+    """
+    Loads an SAE from a folder or from the Hub, in sae-lens' or sparsify's layout, found by its files.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`):
+            A folder, or a Hub repository such as `"EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k"`. From a
+            repository only the files of this SAE are downloaded.
+        sae_id (`str`, *optional*):
+            The folder of the SAE inside, for example `"layers.12.mlp"`; `"."` is the folder itself. Without it, the
+            only SAE inside is taken; checkpoints of a training run (`checkpoint-*`) do not count.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+            Where to put the SAE.
+        dtype (`torch.dtype`, *optional*):
+            dtype of its weights. `None` means that of the file.
+
+    Returns:
+        [`TopKSAE`] or [`SAELensSAE`]: a module with `forward(x)`, `encode(x)`, `decode(z)`, and `d_in`, `num_latents`,
+        `k` (`None` if not TopK), `hookpoint`, `metadata`. Its weights require gradients, as those of any new module.
+
+    Raises:
+        `IncompatibleSAEError`: if there is no such SAE, or several and no `sae_id`; if it is a transcoder; if a file
+            is missing or corrupt; if a tensor has the wrong shape or dtype, or is not finite. The message names the
+            file and the tensor.
+    """
+    name = os.fspath(name_or_path)
+    if sae_id is not None:
+        sae_id = _checked_id(sae_id)
+    if Path(name).is_dir():
+        if revision is not None:
+            raise IncompatibleSAEError(f"revision {revision!r} is for Hub repositories, and {name!r} is a folder.")
+        root = Path(name)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists():
+        root, sae_id = _download(name, sae_id, revision)
+    else:
+        raise IncompatibleSAEError(f"{name!r} is neither a folder nor the name of a Hub repository (owner/name).")
+    if sae_id is None:
+        sae_id = _only_sae(name, _local_saes(root))
+    if not (root / sae_id).is_dir():
+        raise IncompatibleSAEError(f"{name!r} has no folder {sae_id!r}. SAEs there: {_listed(_local_saes(root))}.")
+    return read_sae(root / sae_id).to(device=device, dtype=dtype)
+
+
+def list_saes(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> list[str]:
+    """
+    The SAEs in a folder or Hub repository, as the `sae_id`s that [`load_sae`] takes.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): a folder, or a Hub repository.
+        revision (`str`, *optional*): branch, tag or commit of the repository.
+
+    Returns:
+        `list[str]`: sorted; `"."` stands for the folder itself.
+
+    Raises:
+        `IncompatibleSAEError`: if there is no such folder or repository.
+    """
+    name = os.fspath(name_or_path)
+    if Path(name).is_dir():
+        return sorted(_local_saes(Path(name)))
+    with _hub_errors(name, revision):
+        if constants.HF_HUB_OFFLINE:
+            return sorted(_local_saes(_cached_snapshot(name, revision)))
+        return sorted(_hub_saes(HfApi().model_info(name, revision=revision)))
+
+
+def save_sae(sae: TopKSAE | SAELensSAE, folder: str | os.PathLike[str]) -> None:
+    """
+    Saves an SAE in sae-lens' layout: `sae_lens.SAE.load_from_disk(folder)` and [`load_sae`] read it.
+
+    The metadata get `hook_name` as sae-lens spells it, and `hookpoint` as resa-hf does. Each file is first written
+    beside the folder's own and then renamed, so that an interrupted save leaves no half file.
+
+    Args:
+        sae ([`TopKSAE`] or [`SAELensSAE`]):
+            The SAE.
+        folder (`str` or `os.PathLike`):
+            Where to save it; made if missing.
+
+    Raises:
+        `OSError`: if the folder cannot be written.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(sae).items()}
+    config = json.dumps(_config(sae), indent=2)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            save_file(weights, Path(temporary) / SAE_LENS_WEIGHTS, metadata={"format": "pt"})
+            (Path(temporary) / CONFIG_FILE).write_text(config, encoding="utf-8")
+            for name in (SAE_LENS_WEIGHTS, CONFIG_FILE):
+                os.replace(Path(temporary) / name, folder / name)
+    except OSError as error:
+        raise type(error)(error.errno, f"The SAE cannot be saved: {error.strerror}", str(folder)) from error
+
+
+def _state(sae: TopKSAE | SAELensSAE) -> dict[str, torch.Tensor]:
+    inner = sae.sae if isinstance(sae, SAELensSAE) else sae
+    return dict(inner.state_dict())
+
+
+def _config(sae: TopKSAE | SAELensSAE) -> dict[str, Any]:
+    """The content of cfg.json. The metadata come from the SAE, so that nothing stale in sae-lens' config survives."""
+    metadata = {**sae.metadata, "sae_lens_version": sae_lens.__version__, "hookpoint": sae.hookpoint}
+    if sae.hookpoint is not None:
+        metadata["hook_name"] = sae_lens_hook_name(sae.hookpoint)
+    if isinstance(sae, SAELensSAE):
+        config = sae.sae.cfg.to_dict()
+    else:
+        config = sae_lens.TopKSAEConfig(d_in=sae.d_in, d_sae=sae.num_latents, k=sae.k).to_dict()
+    dtype = next(sae.parameters()).dtype
+    stored = SAEMetadata(**metadata).to_dict()
+    return {**config, "dtype": str(dtype).removeprefix("torch."), "device": "cpu", "metadata": stored}
+
+
+def _checked_id(sae_id: str) -> str:
+    """The id as a clean relative path; refuses whatever would lead out of the folder."""
+    parts = PurePosixPath(sae_id).parts
+    if sae_id.startswith("/") or "\\" in sae_id or "\0" in sae_id or ":" in sae_id or ".." in parts:
+        raise IncompatibleSAEError(
+            f"sae_id {sae_id!r} must be a folder inside the repository or folder, such as 'layers.12'."
+        )
+    return PurePosixPath(*parts).as_posix()
+
+
+def _local_saes(root: Path) -> list[str]:
+    """Folders below `root`, relative to it, that hold an SAE."""
+    folders = [path.parent for path in root.rglob(CONFIG_FILE)]
+    return [
+        folder.relative_to(root).as_posix()
+        for folder in folders
+        if any((folder / name).is_file() for name in _WEIGHTS)
+    ]
+
+
+def _listed(found: list[str]) -> str:
+    return ", ".join(sorted(found)) or "none"
+
+
+def _only_sae(name: str, found: list[str]) -> str:
+    usual = [folder for folder in found if not re.match(r"checkpoint-\d+(/|$)", folder)]
+    if len(usual) == 1:
+        return usual[0]
+    if not usual:
+        raise IncompatibleSAEError(
+            f"{name!r} holds no SAE: no folder with {CONFIG_FILE} and {' or '.join(_WEIGHTS)}. Pickles are not read."
+        )
+    raise IncompatibleSAEError(f"{name!r} holds {len(usual)} SAEs. Choose one by sae_id: {_listed(usual)}.")
+
+
+def _hub_saes(info: ModelInfo) -> list[str]:
+    """Folders of a repository that hold an SAE."""
+    files = {PurePosixPath(sibling.rfilename) for sibling in info.siblings or []}
+    folders = [path.parent for path in files if path.name == CONFIG_FILE]
+    return [folder.as_posix() for folder in folders if any(folder / name in files for name in _WEIGHTS)]
+
+
+def _cached_snapshot(repo: str, revision: str | None) -> Path:
+    """The folder of a repository in the local cache; `snapshot_download` refuses one that holds some files only."""
+    for cached in scan_cache_dir(constants.HF_HUB_CACHE).repos:
+        if cached.repo_id == repo and cached.repo_type == "model":
+            for snapshot in cached.revisions:
+                if (revision or "main") in snapshot.refs or snapshot.commit_hash == revision:
+                    return snapshot.snapshot_path
+    raise LocalEntryNotFoundError(f"{repo} is not in the cache.")
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """The Hub's ways to say "not there" as ours."""
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise IncompatibleSAEError(f"The repository {repo!r} has no revision {revision!r}.") from error
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, CacheNotFound, HFValidationError) as error:
+        raise IncompatibleSAEError(
+            f"There is no folder {repo!r} here, and no such repository can be read on the Hub "
+            "(it may be private, gated or, offline, not downloaded yet)."
+        ) from error
+
+
+def _download(repo: str, sae_id: str | None, revision: str | None) -> tuple[Path, str | None]:
+    """Fetches the files of one SAE; returns the local root and the id."""
+    with _hub_errors(repo, revision):
+        if constants.HF_HUB_OFFLINE:
+            return _cached_snapshot(repo, revision), sae_id
+        found = _hub_saes(HfApi().model_info(repo, revision=revision))
+        if sae_id is None:
+            sae_id = _only_sae(repo, found)
+        elif sae_id not in found:
+            raise IncompatibleSAEError(f"{repo!r} has no SAE {sae_id!r}. SAEs there: {_listed(found)}.")
+        wanted = [glob.escape((PurePosixPath(sae_id) / name).as_posix()) for name in (CONFIG_FILE, *_WEIGHTS)]
+        # By the name of the revision and not its commit: only then is it found again offline.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)), sae_id

@@ -1,0 +1,334 @@
+"""Stage I: train SAEs on the activations of a frozen source model."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..errors import IncompatibleSAEError
+from .autoencoder import TopKSAE
+from .checkpoint import load_sae, save_sae
+from .config import SAETrainingConfig
+from .dataset import make_collator, prepare_dataset
+from .initial import initial_saes
+from .metadata import training_metadata
+from .objective import SAEBank, SAEStep
+from .signum import ScheduleFreeSignum
+from .source import ActivationSource, SourceBatch
+from .totals import ReconstructionTotals, TrainingProgress
+
+PROGRESS_FILE = "sae_progress.safetensors"
+
+
+class _DecoderNorm(TrainerCallback):
+    """Keeps decoder rows at norm 1, and leaves the average of the iterates in the SAEs when training ends."""
+
+    def __init__(self, trainer: "SAETrainer") -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.use_average(False)  # the weights of a checkpoint are the average
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for sae in self._trainer.saes.values():
+            sae.remove_parallel_decoder_gradient()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for sae in self._trainer.saes.values():
+            sae.unit_norm_decoder()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):  # then the best has just been loaded
+            self._trainer.use_average(True)
+
+
+class SAETrainer(Trainer):
+    """
+    Trains one TopK SAE at each hookpoint, all in one pass over a frozen source model.
+
+    Stage I of the paper [Resa](https://huggingface.co/papers/2506.09967). A [`~transformers.Trainer`] whose model is
+    the SAEs; the source model only makes their input, without gradients, in evaluation mode, and up to the deepest
+    hookpoint. The loss is FVU, summed over hookpoints. Each SAE ends as if it had been trained alone. Runs on one
+    process or under DDP.
+
+    Logs, for each hookpoint: `fvu/H`, `l0/H`, `dead_share/H` (latents that have not fired for `dead_after_tokens`),
+    and `tokens_seen`. Evaluation, exact over the whole dataset: `eval_fvu/H`, `eval_l0/H`, `eval_dead_share/H`
+    (latents that never fired there), and `eval_loss`, the sum of the FVUs.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            The source model, plain or PEFT-wrapped. It stays as it is, but for the device.
+        args ([`SAETrainingConfig`]):
+            The settings.
+        train_dataset (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*):
+            Rows with `input_ids` (and `attention_mask`, if padded), or with `text`, which is packed into chunks of
+            exactly `max_length` tokens.
+        eval_dataset (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*):
+            Held-out rows of the same form.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer; needed for text and for `exclude_special_tokens`.
+        callbacks (`list[transformers.TrainerCallback]`, *optional*):
+            As for [`~transformers.Trainer`].
+
+    Raises:
+        `HookpointError`: if a hookpoint is unknown, or none is given.
+        `IncompatibleSAEError`: if `initial_sae` cannot be read or does not fit.
+        `DataError`: if a dataset is empty or lacks its column.
+        `ValueError`: if the tokenizer is needed and missing.
+    """
+
+    model: SAEBank
+    args: SAETrainingConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: SAETrainingConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        args = copy.copy(args)
+        device = args.device
+        args._n_gpu = min(args.n_gpu, 1)  # DataParallel would copy the SAEs to devices where the source model is not
+        if args.exclude_special_tokens and processing_class is None:
+            raise ValueError("exclude_special_tokens needs the tokenizer: give processing_class.")
+        if next(model.parameters()).device != device:
+            nn.Module.to(model, device)
+        self._tokenizer = processing_class
+        self._signum: ScheduleFreeSignum | None = None
+        bank = SAEBank(initial_saes(model, args))
+        special = processing_class.all_special_ids if processing_class is not None else []
+        excluded = special if args.exclude_special_tokens else []
+        self.source = ActivationSource(model, bank.hookpoints, excluded, args.max_norm_ratio)
+        pad = processing_class.pad_token_id if processing_class is not None else None
+        super().__init__(
+            model=bank,
+            args=args,
+            data_collator=make_collator(0 if pad is None else pad),
+            train_dataset=prepare_dataset(train_dataset, processing_class, args.max_length, "train_dataset"),
+            eval_dataset=prepare_dataset(eval_dataset, processing_class, args.max_length, "eval_dataset"),
+            processing_class=processing_class,
+            callbacks=[_DecoderNorm(self), *(callbacks or [])],
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("SAETrainer runs on one process or under DDP, not under DeepSpeed or FSDP.")
+        # FVU is a mean over the tokens of a batch, so the Trainer divides it by the number of accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.progress = TrainingProgress(self.saes)
+        self._tokens_at_most = 0
+        self._b_dec_pending = args.initial_sae is None
+
+    @property
+    def saes(self) -> dict[str, TopKSAE]:
+        """Hookpoint to SAE."""
+        return self.model.saes
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The Trainer would keep the columns that the SAEs' forward names.
+        self._signature_columns = ["input_ids", "attention_mask"]  # type: ignore[assignment]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group an SAE: the learning rate depends on its number of latents."""
+        if self.optimizer is None:
+            groups: list[dict[str, Any]] = [
+                {"params": list(sae.parameters()), "lr": self.args.learning_rate_for(sae.num_latents)}
+                for sae in self.saes.values()
+            ]
+            if self.args.sae_optimizer == "signum":
+                self.optimizer = self._signum = ScheduleFreeSignum(groups, lr=groups[0]["lr"])
+            else:
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                self.optimizer = torch.optim.Adam(groups, betas=betas, eps=self.args.adam_epsilon)
+        return self.optimizer
+
+    def use_average(self, average: bool) -> None:
+        """
+        Puts the average of the iterates into the SAEs (to evaluate, to save), or the point where training goes on.
+
+        Nothing changes with Adam, or before the first step.
+
+        Args:
+            average (`bool`): the average, or else the point.
+        """
+        if self._signum is None or not self._signum.state:
+            return
+        if average:
+            self._signum.use_average()
+        else:
+            self._signum.use_training_point()
+        for sae in self.saes.values():
+            sae.unit_norm_decoder()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The average inside the block. Outside of training the SAEs hold it already."""
+        if not self.is_in_train:
+            yield
+            return
+        self.use_average(True)
+        try:
+            yield
+        finally:
+            self.use_average(False)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """FVU, and AuxK if asked for, summed over hookpoints."""
+        batch = self.source(inputs, self.accelerator.autocast())
+        if self._b_dec_pending:
+            self._start_b_dec(batch)
+        # Known without waiting for the device: as long as too few tokens were seen, no latent can be dead.
+        self._tokens_at_most += batch.counted.numel() * self.args.world_size
+        may_be_dead = self.args.auxk_alpha > 0 and self._tokens_at_most > self.args.dead_after_tokens
+        dead_masks = self.progress.dead_masks(self.args.dead_after_tokens) if may_be_dead else None
+        steps: dict[str, SAEStep] = model(batch.activations, batch.weights, dead_masks, self.args.auxk_alpha)
+        with torch.no_grad():
+            self.progress.tokens_seen += self._sum(batch.counted.sum().long())
+            self.progress.update(
+                {
+                    hookpoint: step._replace(firings=self._sum(step.firings), tokens=self._sum(step.tokens))
+                    for hookpoint, step in steps.items()
+                }
+            )
+        loss = torch.stack([step.loss for step in steps.values()]).sum()
+        return (loss, steps) if return_outputs else loss
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes."""
+        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return total
+
+    @torch.no_grad()
+    def _start_b_dec(self, batch: SourceBatch) -> None:
+        """Puts b_dec at the mean activation of the first batch, on all processes alike."""
+        for hookpoint, sae in self.saes.items():
+            weight = batch.weights[hookpoint]
+            x = batch.activations[hookpoint].float().masked_fill((weight == 0).unsqueeze(-1), 0)
+            sae.b_dec.copy_(self._sum(x.sum(dim=0)) / self._sum(weight.sum()).clamp(min=1))
+        self._b_dec_pending = False
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each SAE's statistics to the logs of a training step."""
+        if "loss" in logs:
+            window = self._sum_window().tolist()
+            for hookpoint, (squared_error, variance, active, tokens) in zip(self.saes, window, strict=True):
+                logs[f"fvu/{hookpoint}"] = squared_error / variance if variance > 0 else math.nan
+                logs[f"l0/{hookpoint}"] = active / max(tokens, 1)
+                dead = self.progress.dead_masks(self.args.dead_after_tokens)[hookpoint]
+                logs[f"dead_share/{hookpoint}"] = dead.float().mean().item()
+            logs["tokens_seen"] = int(self.progress.tokens_seen)
+        super().log(logs, start_time)
+
+    def _sum_window(self) -> Tensor:
+        # Firings and tokens are sums over processes already, errors and variances are not.
+        window = self.progress.take_window()
+        window[:, :2] = self._sum(window[:, :2].contiguous())
+        return window
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """
+        Each process reads its own rows. The Trainer's loader would repeat some where they do not divide evenly.
+
+        Raises:
+            `ValueError`: if there is no dataset.
+        """
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
+        elif eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        if eval_dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset: give one to SAETrainer or to evaluate().")
+        dataset = prepare_dataset(eval_dataset, self._tokenizer, self.args.max_length, "eval_dataset")
+        mine = range(self.args.process_index, len(dataset), self.args.world_size)
+        return DataLoader(Subset(dataset, mine), batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """FVU, L0 and dead share of each SAE over the whole dataset: ratios of sums, not means over batches."""
+        totals = {hookpoint: ReconstructionTotals(sae) for hookpoint, sae in self.saes.items()}
+        with self._averaged():
+            for inputs in dataloader:
+                batch = self.source(self._prepare_inputs(inputs), self.accelerator.autocast())
+                for hookpoint, total in totals.items():
+                    total.update(batch.activations[hookpoint], batch.weights[hookpoint])
+        metrics = {}
+        for hookpoint, total in totals.items():
+            total.sums, total.shift, total.firings = map(self._sum, (total.sums, total.shift, total.firings))
+            result = total.result()
+            for name in ("fvu", "l0", "dead_share"):
+                metrics[f"{metric_key_prefix}_{name}/{hookpoint}"] = result[name]
+        metrics[f"{metric_key_prefix}_loss"] = sum(
+            metrics[f"{metric_key_prefix}_fvu/{hookpoint}"] for hookpoint in totals
+        )
+        samples = int(self._sum(torch.tensor(len(dataloader.dataset), device=self.args.device)))  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
+
+    def _metadata(self, sae: TopKSAE) -> dict[str, Any]:
+        return training_metadata(
+            sae, self.args, self.source.model, self.train_dataset, tokens_seen=int(self.progress.tokens_seen)
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """One folder a hookpoint, in sae-lens' layout; nothing is pickled."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        with self._averaged():
+            for hookpoint, sae in self.saes.items():
+                sae.metadata = self._metadata(sae)
+                save_sae(sae, folder / hookpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_file(self.progress.tensors(), Path(output_dir) / PROGRESS_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / PROGRESS_FILE
+        try:
+            self.progress.load(load_file(path))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise IncompatibleSAEError(
+                f"Training cannot resume: {path} is missing, corrupt or of other hookpoints ({error})."
+            ) from error
+        self._tokens_at_most = int(self.progress.tokens_seen)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for hookpoint, sae in self.saes.items():
+            saved = load_sae(resume_from_checkpoint, hookpoint)
+            if (saved.d_in, saved.num_latents, saved.k) != (sae.d_in, sae.num_latents, sae.k):
+                raise IncompatibleSAEError(
+                    f"Training cannot resume: the SAE in {Path(resume_from_checkpoint) / hookpoint} has "
+                    f"{saved.num_latents} latents and k {saved.k}, that of this run {sae.num_latents} and {sae.k}."
+                )
+            sae.load_state_dict(saved.state_dict())
+        self._b_dec_pending = False
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
