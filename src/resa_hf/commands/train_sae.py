@@ -14,14 +14,13 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..arguments import DataArguments, ModelArguments
-    from ..experiment.folder import check_writable, write_json
+    from ..experiment.folder import check_writable
     from ..models import load_causal_lm, load_tokenizer
     from ..sae.config import SAETrainingConfig
     from ..sae.trainer import SAETrainer
     from .dry_run import describe_stage, take_dry_run
     from .recipe import parse_flat
-    from .resuming import last_checkpoint
-    from .stage_data import packed_text
+    from .single_stage import run_stage, stage_text
 
     rest, dry = take_dry_run(argv)
     types = (ModelArguments, DataArguments, SAETrainingConfig)
@@ -31,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         return
     check_writable(Path(args.output_dir))
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
-    train, held_out, told = packed_text(data_args, tokenizer, args.max_length)
+    train, held_out, told = stage_text(data_args, tokenizer, args.max_length)
     model = load_causal_lm(
         model_args.model_name_or_path,
         model_args.model_adapter,
@@ -39,9 +38,5 @@ def main(argv: Sequence[str]) -> None:
         dtype=model_args.dtype,
     )
     trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    quality = trainer.evaluate() if held_out is not None else {}
-    trainer.save_model()
-    output = Path(args.output_dir)
-    write_json(output / "report.json", {"data": told, "quality": quality, "log": trainer.state.log_history})
-    print(f"\nSAEs: {', '.join(str(output / name) for name in trainer.saes)}. Report: {output / 'report.json'}.")
+    report = run_stage(trainer, told)
+    print(f"\nSAEs: {', '.join(str(report.parent / name) for name in trainer.saes)}. Report: {report}.")

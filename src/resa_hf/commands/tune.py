@@ -7,6 +7,7 @@ Trains a LoRA adapter with a frozen SAE spliced in; a rerun goes on from the las
 adapter and report.json.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,14 +15,13 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
-    from ..experiment.folder import check_writable, write_json
+    from ..experiment.folder import check_writable
     from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
     from ..tuning.config import SAETuningConfig
     from ..tuning.trainer import SAETuningTrainer
     from .dry_run import describe_stage, take_dry_run
     from .recipe import parse_flat
-    from .resuming import last_checkpoint
-    from .stage_data import packed_text
+    from .single_stage import run_stage, stage_text
 
     rest, dry = take_dry_run(argv)
     types = (ModelArguments, SourceArguments, LoraArguments, DataArguments, SAETuningConfig)
@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> None:
         source = load_causal_lm(
             source_name, source_args.source_adapter, revision=source_args.source_revision, dtype=model_args.dtype
         )
-    train, held_out, told = packed_text(data_args, tokenizer, args.max_length or 2048)
-    # The text is packed here, so that it is counted before training starts.
-    args.packing = False
+    train, held_out, told = stage_text(data_args, tokenizer, args.max_length or 2048)
+    # The text is packed already, so that it could be counted before training starts.
+    args = dataclasses.replace(args, packing=False)
     model = load_causal_lm(name, model_args.model_adapter, revision=model_args.model_revision, dtype=model_args.dtype)
     trainer = SAETuningTrainer(
         model,
@@ -52,9 +52,5 @@ def main(argv: Sequence[str]) -> None:
         source_model=source,
         peft_config=lora_args.lora_config(),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    quality = trainer.evaluate() if held_out is not None else {}
-    trainer.save_model()
-    output = Path(args.output_dir)
-    write_json(output / "report.json", {"data": told, "held_out": quality, "log": trainer.state.log_history})
-    print(f"\nAdapter: {output}. Report: {output / 'report.json'}.")
+    report = run_stage(trainer, told)
+    print(f"\nAdapter: {report.parent}. Report: {report}.")

@@ -1,6 +1,7 @@
 """The whole way: data, Stage I, Stage II, answers, verdict."""
 
 import time
+from typing import Any
 
 from ..errors import DataError
 from .folder import RunFolder, check_writable, read_json, write_json
@@ -40,20 +41,24 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
 def _claim(folder: RunFolder, settings: RunSettings) -> None:
     check_writable(folder.root)
     plain = as_plain(settings)
-    if folder.settings.is_file():
-        there = read_json(folder.settings)
-        different = [
-            f"{section}.{key}" if isinstance(plain[section], dict) else section
-            for section in plain
-            for key in (plain[section] if isinstance(plain[section], dict) else [""])
-            if (there.get(section, {}).get(key) if key else there.get(section))
-            != (plain[section][key] if key else plain[section])
-            and (section, key) not in (("run", "processes"), ("run", "output_dir"))
-        ]
-        if different:
-            raise DataError(
-                f"{folder.root} holds a run with other settings ({', '.join(different)}). Choose another "
-                "--output_dir, or delete the folder."
-            )
+    if not folder.settings.is_file():
+        write_json(folder.settings, plain)
         return
-    write_json(folder.settings, plain)
+    wanted, there = _flat(plain), _flat(read_json(folder.settings))
+    different = {key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)}
+    # How many processes there are, and how the folder is spelled, changes nothing in the results.
+    different -= {"run.processes", "run.output_dir"}
+    if different:
+        raise DataError(
+            f"{folder.root} holds a run with other settings ({', '.join(sorted(different))}). "
+            "Choose another --output_dir, or delete the folder."
+        )
+
+
+def _flat(plain: dict[str, Any]) -> dict[str, Any]:
+    """`{"run": {"seeds": [0]}, "arms": []}` as `{"run.seeds": [0], "arms": []}`."""
+    return {
+        f"{section}.{name}".rstrip("."): value
+        for section, content in plain.items()
+        for name, value in (content.items() if isinstance(content, dict) else [("", content)])
+    }

@@ -7,9 +7,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from ..data import hold_out, load_qa
+from ..arguments import DataArguments
+from ..data import QAReport, hold_out, load_qa
 from ..models import check_same_vocabulary, load_tokenizer
-from ..text import Template, add_text, evaluation_prompt, tokenize_and_pack, tokenize_documents
+from ..text import Template, TokenReport, add_text, evaluation_prompt, tokenize_and_pack, tokenize_documents
 from .folder import RunFolder, read_json, write_json
 from .settings import RunArguments
 
@@ -34,14 +35,7 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int) -> dict[str, 
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
     if run.source_model is not None:
         check_same_vocabulary(tokenizer, load_tokenizer(run.source_model, revision=run.source_revision))
-    rows, qa = load_qa(
-        run.dataset,
-        question_column=run.question_column,
-        answer_column=run.answer_column,
-        split=run.dataset_split,
-        revision=run.dataset_revision,
-        limit=run.limit,
-    )
+    rows, qa = load_rows(run)
     train, held_out = hold_out(rows, run.held_out, run.split_seed)
     questions = {"held_out": _questions(held_out, run.template, tokenizer)}
     if run.selection:
@@ -50,9 +44,8 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int) -> dict[str, 
     tokens = {}
     measured = held_out.select(range(min(len(held_out), MEASURED_DOCUMENTS)))
     for name, part in (("train", train), ("held_out", measured)):
-        text = add_text(part, template=run.template, tokenizer=tokenizer)
-        rows, counted = (tokenize_and_pack if run.pack else tokenize_documents)(text, tokenizer, max_length)
-        _save(rows, folder.data(name))
+        tokenized, counted = tokenize(part, run, tokenizer, max_length)
+        _save(tokenized, folder.data(name))
         tokens[name] = {"tokens": counted.tokens, "chunks": counted.chunks, "describe": counted.describe()}
     report = {
         "dataset": run.dataset,
@@ -68,6 +61,26 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int) -> dict[str, 
     write_json(folder.data("questions.json"), questions)
     write_json(folder.data("data.json"), report)
     return report
+
+
+def load_rows(data: DataArguments) -> tuple[datasets.Dataset, QAReport]:
+    """The rows that the arguments name, as `load_qa` reads them."""
+    return load_qa(
+        data.dataset,
+        question_column=data.question_column,
+        answer_column=data.answer_column,
+        split=data.dataset_split,
+        revision=data.dataset_revision,
+        limit=data.limit,
+    )
+
+
+def tokenize(
+    rows: datasets.Dataset, data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[datasets.Dataset, TokenReport]:
+    """The CoT-free text of rows as tokens: chunks of exactly `max_length`, or one document a row."""
+    text = add_text(rows, template=data.template, tokenizer=tokenizer)
+    return (tokenize_and_pack if data.pack else tokenize_documents)(text, tokenizer, max_length)
 
 
 def _questions(rows: datasets.Dataset, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:

@@ -50,7 +50,7 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
     train, held_out = (datasets.load_from_disk(folder.data(name)) for name in ("train", "held_out"))
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
     trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer)
-    seconds = _train(trainer)
+    seconds = train_from_last_checkpoint(trainer)
     quality = trainer.evaluate()
     trainer.save_model(str(target))
     write_json(target / STAGE1, {"seconds": seconds, "quality": quality, "log": trainer.state.log_history})
@@ -123,7 +123,7 @@ def _tune(
         source_model=load_source(run) if args.kl_reference == "source" else None,
         peft_config=run.lora_config(),
     )
-    seconds = _train(trainer)
+    seconds = train_from_last_checkpoint(trainer)
     trainer.evaluate()
     history = trainer.state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
@@ -150,7 +150,7 @@ def _sae_of(folder: RunFolder, settings: RunSettings, arm: Arm, seed: int) -> di
     return {"sae": str(folder.sae(source, seed)), "sae_id": settings.stage2.get("sae_id")}
 
 
-def _train(trainer: Trainer) -> float:
+def train_from_last_checkpoint(trainer: Trainer) -> float:
     """Trains, from the last checkpoint if there is one; returns the seconds."""
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
