@@ -83,5 +83,5 @@ def test_run_on_a_users_own_file(tmp_path, capsys):
     assert "125 of 128 rows can be used" in printed and "without a question" in printed
     assert "verdicts on this adapter, not on the method" in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [arm["name"] for arm in report["arms"]] == ["base", "SAE-Tuning", "control random SAE"]
+    assert [arm["name"] for arm in report["arms"]] == ["base", "SAE-Tuning", "random SAE instead of the SAE"]
     assert report["arms"][1]["difference_to_base"]["over"] == "problems"

@@ -19,6 +19,7 @@ from resa_hf.experiment.schedule import arm_jobs, choosing_jobs, stage1_jobs, wo
 from resa_hf.experiment.settings import Arm, RunArguments, RunSettings, make_arms
 
 LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+RATES = {"good": 1e-6, "control noise": 1e-6, "other": 1e-6}
 IDS = torch.arange(3, 23).reshape(2, 10)
 
 
@@ -108,13 +109,14 @@ def judged(tmp_path):
         Arm("control noise", "source", tuning={"control": "noise"}),
         Arm("zero", "none", "zero_adapter"),
         Arm("loss", "none", "weight_noise"),
+        Arm("other", "base"),
     ]
     run = settings(arms, held_out=problems)
     rng = np.random.default_rng(0)
     accuracies = {}
     for seed in run.run.seeds:
         base = rng.random(problems) < 0.5
-        shares = {"good": 0.7, "control noise": 0.7, "loss": 0.2}
+        shares = {"good": 0.7, "control noise": 0.7, "loss": 0.2, "other": 0.7}
         correct = {name: rng.random(problems) < share for name, share in shares.items()} | {"base": base, "zero": base}
         for arm in (BASE, *arms):
             place = folder.arm(arm, 1e-6 if arm.known is None and arm != BASE else None, seed)
@@ -122,17 +124,16 @@ def judged(tmp_path):
             kl = {"eval_kl": 0.5, "eval_loss": 0.5}
             write_json(place / "tuning.json", {"seconds": 2.0, "initial": kl, "final": {"eval_kl": 0.1 * (seed + 1)}})
             accuracies.setdefault(arm.name, []).append(correct[arm.name].mean())
-        write_json(
-            folder.sae("source", seed) / "stage1.json",
-            {"seconds": 3.0, "quality": {"eval_fvu/layers.1": 0.1 + 0.1 * seed, "eval_loss": 9.0}, "log": []},
-        )
+        quality = {"eval_fvu/layers.1": 0.1 + 0.1 * seed, "eval_loss": 9.0}
+        for source in ("source", "base"):
+            write_json(folder.sae(source, seed) / "stage1.json", {"seconds": 3.0, "quality": quality, "log": []})
     return folder, run, accuracies
 
 
 def test_results_against_scipy(judged):
     folder, run, accuracies = judged
-    results = {r.arm.name: r for r in collect(folder, run, {"good": 1e-6, "control noise": 1e-6})}
-    assert list(results) == ["base", "good", "control noise", "zero", "loss"]
+    results = {r.arm.name: r for r in collect(folder, run, RATES)}
+    assert list(results) == ["base", "good", "control noise", "zero", "loss", "other"]
     for name in ("good", "control noise", "loss"):
         expected = stats.ttest_rel(accuracies[name], accuracies["base"])
         interval = expected.confidence_interval()
@@ -143,7 +144,11 @@ def test_results_against_scipy(judged):
         assert results[name].accuracy.estimate == pytest.approx(np.mean(accuracies[name]))
     assert results["zero"].difference.estimate == results["zero"].difference.high == 0
     words = {name: r.verdict.word for name, r in results.items() if r.verdict}
-    assert words == {"good": "better", "control noise": "better", "zero": "equivalent", "loss": "worse"}
+    assert words == {
+        "good": "better", "control noise": "better", "zero": "equivalent", "loss": "worse", "other": "better",
+    }  # fmt: skip
+    # A control with another SAE is not this arm's: it would not be matched.
+    assert results["other"].controls == "better than base; compared with no control, so what did it is open"
     assert "but not than control control noise" in results["good"].controls
     assert results["control noise"].controls == ""
     assert (results["good"].initial_kl, results["good"].final_kl) == pytest.approx((0.5, 0.3))
@@ -153,23 +158,23 @@ def test_results_against_scipy(judged):
 def test_fewer_than_five_seeds_judge_the_adapter_not_the_method(judged):
     folder, run, _ = judged
     one = RunSettings(RunArguments(**{**vars(run.run), "seeds": [0]}), run.stage1, run.stage2, run.sampling, run.arms)
-    results = collect(folder, one, {"good": 1e-6, "control noise": 1e-6})
-    assert [r.difference.over for r in results[1:]] == ["problems"] * 4
+    results = collect(folder, one, RATES)
+    assert [r.difference.over for r in results[1:]] == ["problems"] * 5
     assert results[3].verdict.word == "equivalent"
 
 
 def test_report_can_be_read_by_people_and_programs(judged):
     folder, run, _ = judged
-    results = collect(folder, run, {"good": 1e-6, "control noise": 1e-6})
+    results = collect(folder, run, RATES)
     data = {"rows": "All.", "train_rows": 5, "held_out_rows": 200, "tokens": {"train": {"describe": "5 documents."}}}
     text = write_report(folder, run, results, data, {}, 12.0)
     assert "Harness check: FAILED" not in text and "Harness check: passed. 2 arms" in text
     assert "verdicts on the method" in text and "fvu/layers.1 0.3" in text
     lines = table(results).splitlines()
-    assert len(lines) == 7 and len({len(line) for line in lines}) == 1
+    assert len(lines) == 8 and len({len(line) for line in lines}) == 1
     assert lines[5].startswith("| zero ") and "+0.0" in lines[5]
     report = json.loads((folder.root / "report.json").read_text())
-    assert [arm["name"] for arm in report["arms"]] == ["base", "good", "control noise", "zero", "loss"]
+    assert [arm["name"] for arm in report["arms"]] == ["base", "good", "control noise", "zero", "loss", "other"]
     assert report["arms"][1]["verdict"]["word"] == "better" and report["settings"]["run"]["seeds"] == [0, 1, 2, 3, 4]
     assert (folder.root / "report.png").stat().st_size > 10_000
     assert "![accuracy by arm](report.png)" in (folder.root / "report.md").read_text()

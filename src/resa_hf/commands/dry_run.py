@@ -75,8 +75,8 @@ def _memory(model: ModelArguments, stage1: SAETrainingConfig | None, stage2: SAE
     lines = [f"Predicted memory, {parameters / 1e6:,.1f} M parameters in {dtype}:"]
     if stage1 is not None:
         latents = stage1.num_latents or (stage1.expansion_factor or 32) * width
-        # Weights, gradients and one (Signum) or two (Adam) moments, all float32.
-        sae = 2 * latents * width * 4 * (4 if stage1.sae_optimizer == "adam" else 3) * max(len(stage1.hookpoints), 1)
+        # Weights, gradients and two buffers of the optimiser, all float32.
+        sae = 2 * latents * width * 4 * 4 * max(len(stage1.hookpoints), 1)
         tokens = stage1.per_device_train_batch_size * stage1.max_length
         made = tokens * latents * 4
         lines.append(_line("Stage I", model=weights, saes=sae, activations=made + 8 * tokens * width * dtype.itemsize))

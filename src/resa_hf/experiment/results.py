@@ -40,7 +40,7 @@ class ArmResult:
         difference (`Difference` or `None`): to the base, paired.
         adjusted_p (`float` or `None`): p of the difference, Holm's correction over the arms.
         verdict (`Verdict` or `None`): in words.
-        controls (`str`): whether the arm is better than each control too, where that is a question.
+        controls (`str`): whether the arm is better than each of its controls too, where that is a question.
         seconds (`dict`): spent on training and on answers, all seeds.
     """
 
@@ -103,10 +103,10 @@ def collect(folder: RunFolder, settings: RunSettings, rates: dict[str, float]) -
 
 
 def _hold_against_controls(results: list[ArmResult], method: bool) -> None:
-    controls = [result for result in results if result.arm.is_control]
     for result in results:
-        is_sae_arm = result.arm.sae_from != "none" and not result.arm.is_control
-        if is_sae_arm and controls and result.verdict is not None and result.verdict.word == "better":
+        spliced = result.arm.sae_from != "none" and not result.arm.is_control
+        if spliced and result.verdict is not None and result.verdict.word == "better":
+            controls = [control for control in results if control.arm.is_control_of(result.arm)]
             differences = {control.arm.name: _difference(result, control, method) for control in controls}
             adjusted = holm({name: difference.p_value for name, difference in differences.items()})
             result.controls = against_controls(differences, adjusted)

@@ -106,6 +106,11 @@ class Arm:
         """Whether something stands in for the SAE."""
         return self.tuning.get("control") not in (None, "none")
 
+    def is_control_of(self, other: "Arm") -> bool:
+        """Whether this arm is the other one but for what stands in for the SAE."""
+        mine, theirs = ({**arm.tuning, "control": None} for arm in (self, other))
+        return self.is_control and not other.is_control and self.sae_from == other.sae_from and mine == theirs
+
 
 def make_arms(section: Mapping[str, Any] | None, run: RunArguments) -> list[Arm]:
     """The arms of a recipe; without an `arms` section, SAE-Tuning alone.
