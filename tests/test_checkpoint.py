@@ -1,7 +1,5 @@
-"""Loading and saving SAEs: both layouts against independent formulas, and every refusal."""
+"""Loading and saving SAEs: both layouts against independent formulas, folders and repositories."""
 
-import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file, save_file
+from sae_files import D_IN, LATENTS, K, make_sae, make_x, write_sparsify
+from safetensors.torch import load_file
 from torch import Tensor
 
 from resa_hf.errors import IncompatibleSAEError
@@ -21,57 +20,6 @@ from resa_hf.sae import checkpoint
 from resa_hf.sae.autoencoder import SAELensSAE, TopKSAE
 from resa_hf.sae.checkpoint import list_saes, load_sae, save_sae
 from resa_hf.sae.layouts import sae_lens_hook_name
-
-D_IN, LATENTS, K = 8, 24, 4
-
-
-def make_sae(hookpoint: str | None = "layers.1", seed: int = 0) -> TopKSAE:
-    sae = TopKSAE(D_IN, LATENTS, K, hookpoint=hookpoint, seed=seed, metadata={"model_name": "tiny", "seed": seed})
-    with torch.no_grad():
-        sae.b_enc += torch.linspace(-0.2, 0.3, LATENTS)
-        sae.b_dec += torch.linspace(-1, 1, D_IN)
-    return sae
-
-
-def make_x() -> Tensor:
-    return torch.randn(5, 3, D_IN, generator=torch.Generator().manual_seed(1)) + 0.5
-
-
-def write_sparsify(folder: Path, config: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> Path:
-    """An SAE in sparsify's layout, written by hand."""
-    generator = torch.Generator().manual_seed(2)
-    folder.mkdir(parents=True)
-    W_dec = torch.randn(LATENTS, D_IN, generator=generator)
-    tensors = {
-        "encoder.weight": torch.randn(LATENTS, D_IN, generator=generator),
-        "encoder.bias": torch.randn(LATENTS, generator=generator),
-        "W_dec": W_dec / W_dec.norm(dim=1, keepdim=True),
-        "b_dec": torch.randn(D_IN, generator=generator),
-    }
-    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "sae.safetensors")
-    defaults = {
-        "activation": "topk",
-        "d_in": D_IN,
-        "expansion_factor": 32,
-        "k": K,
-        "multi_topk": False,
-        "normalize_decoder": True,
-        "num_latents": LATENTS,
-        "skip_connection": False,
-        "transcode": False,
-    }
-    (folder / "cfg.json").write_text(json.dumps({**defaults, **(config or {})}))
-    return folder
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Changes keys of a cfg.json, or tensors of a weight file; `None` takes the entry out."""
-    content = load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
-    content = {name: value for name, value in {**content, **changes}.items() if value is not None}
-    if path.suffix == ".safetensors":
-        save_file(content, path)
-    else:
-        path.write_text(json.dumps(content))
 
 
 def test_sae_lens_reads_what_is_saved(tmp_path: Path) -> None:
@@ -207,160 +155,6 @@ def test_one_of_several_saes_has_to_be_chosen(tmp_path: Path) -> None:
     assert list_saes(tmp_path) == ["checkpoint-10/layers.0", "layers.0", "layers.1"]
     shutil.rmtree(tmp_path / "layers.1")
     assert load_sae(tmp_path).metadata["seed"] == 0
-
-
-@pytest.mark.parametrize("sae_id", ["../secret", "a/../../secret", "/etc", "..", "a\\..\\b", "C:/x", "a\0b"])
-def test_an_id_that_leads_out_of_the_folder_is_refused(tmp_path: Path, sae_id: str) -> None:
-    save_sae(make_sae(), tmp_path / "secret")
-    (tmp_path / "inside").mkdir()
-    with pytest.raises(IncompatibleSAEError, match="sae_id"):
-        load_sae(tmp_path / "inside", sae_id)
-
-
-def corrupt(folder: Path, layout: str, case: str) -> None:
-    weights = folder / ("sae_weights.safetensors" if layout == "sae-lens" else "sae.safetensors")
-    encoder = "W_enc" if layout == "sae-lens" else "encoder.weight"
-    tensors = load_file(weights)
-    if case == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-40])
-    elif case == "garbage":
-        weights.write_bytes(b"not a safetensors file at all")
-    elif case == "empty":
-        weights.write_bytes(b"")
-    elif case == "nan":
-        tensors[encoder][3, 2] = torch.nan
-        edit(weights, **{encoder: tensors[encoder]})
-    elif case == "inf":
-        edit(weights, b_dec=tensors["b_dec"] / 0)
-    elif case == "shape":
-        edit(weights, W_dec=tensors["W_dec"].t().contiguous())
-    elif case == "dtype":
-        edit(weights, b_dec=tensors["b_dec"].to(torch.int32))
-    elif case == "missing tensor":
-        edit(weights, W_dec=None)
-    elif case == "extra tensor":
-        edit(weights, W_skip=torch.zeros(D_IN, D_IN))
-    elif case == "no weights":
-        weights.unlink()
-    elif case == "no config":
-        (folder / "cfg.json").unlink()
-    elif case == "bad json":
-        (folder / "cfg.json").write_text("{'d_in': 8")
-    elif case == "list":
-        (folder / "cfg.json").write_text("[1]")
-    elif case == "k":
-        edit(folder / "cfg.json", k=LATENTS + 1)
-    elif case == "k zero":
-        edit(folder / "cfg.json", k=0)
-    elif case == "d_in":
-        edit(folder / "cfg.json", d_in="8")
-    elif case == "other width":
-        edit(folder / "cfg.json", d_in=D_IN + 1)
-
-
-CASES = {
-    "truncated": "corrupt or cut short",
-    "garbage": "corrupt or cut short",
-    "empty": "corrupt or cut short",
-    "nan": r"(W_enc|encoder\.weight) has 1 entries that are NaN",
-    "inf": "b_dec has 8 entries that are NaN or infinite",
-    "shape": rf"W_dec has shape \[{D_IN}, {LATENTS}\].*\[{LATENTS}, {D_IN}\]",
-    "dtype": "b_dec has dtype torch.int32",
-    "missing tensor": "lacks the tensor W_dec",
-    "extra tensor": "unexpected tensor W_skip",
-    "no weights": "neither",
-    "no config": "cfg.json is missing",
-    "bad json": "not valid JSON",
-    "list": "JSON object, not a list",
-    "k": r"k is 25, more than the 24 latents",
-    "k zero": "k must be a positive whole number, not 0",
-    "d_in": "d_in must be a positive whole number, not '8'",
-    "other width": r"has shape",
-}
-
-
-@pytest.mark.parametrize("layout", ["sae-lens", "sparsify"])
-@pytest.mark.parametrize("case", CASES)
-def test_a_broken_sae_is_refused_with_its_reason(tmp_path: Path, layout: str, case: str) -> None:
-    folder = tmp_path / "layers.1"
-    if layout == "sae-lens":
-        save_sae(make_sae(), folder)
-    else:
-        write_sparsify(folder)
-    load_sae(folder, ".")
-    corrupt(folder, layout, case)
-    with pytest.raises(IncompatibleSAEError, match=CASES[case]) as error:
-        load_sae(folder, ".")
-    assert "layers.1" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"transcode": True}, "transcoder"),
-        ({"skip_connection": True}, "transcoder"),
-        ({"activation": "groupmax"}, "groupmax"),
-        ({"signed": True}, "signed"),
-        ({"num_latents": 0, "expansion_factor": 0}, "expansion_factor"),
-    ],
-)
-def test_other_coders_of_sparsify_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(IncompatibleSAEError, match=message):
-        load_sae(write_sparsify(tmp_path / "layers.1", changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architecture": "transcoder"}, "transcoder"),
-        ({"architecture": "skip_transcoder", "d_out": D_IN}, "transcoder"),
-        ({"d_out": D_IN + 1}, "transcoder"),
-        ({"architecture": "perceptron"}, "unknown architecture 'perceptron'"),
-        ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
-        ({"normalize_activations": "whatever"}, "whatever"),
-        ({"reshape_activations": "hook_z"}, "attention heads"),
-        ({"metadata": 3}, "not a configuration"),
-    ],
-)
-def test_other_coders_of_sae_lens_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    save_sae(make_sae(), tmp_path)
-    edit(tmp_path / "cfg.json", **changes)
-    with pytest.raises(IncompatibleSAEError, match=message):
-        load_sae(tmp_path)
-
-
-class Bomb:
-    """Unpickled, it leaves a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-@pytest.mark.parametrize("name", ["sae.pt", "sae_weights.pt", "sae_weights.safetensors", "sae.safetensors"])
-def test_a_pickle_is_never_read(tmp_path: Path, name: str) -> None:
-    save_sae(make_sae(), tmp_path / "sae")
-    (tmp_path / "sae" / "sae_weights.safetensors").unlink()
-    (tmp_path / "sae" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    for sae_id in (None, "sae"):
-        with pytest.raises(IncompatibleSAEError):
-            load_sae(tmp_path, sae_id)
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_neither_folder_nor_repository(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for name in (tmp_path / "file", "nowhere", "a/b/c"):
-        with pytest.raises(IncompatibleSAEError, match="neither a folder nor"):
-            load_sae(name)
-    with pytest.raises(IncompatibleSAEError, match="holds no SAE"):
-        load_sae(tmp_path)
-    with pytest.raises(IncompatibleSAEError, match="revision"):
-        load_sae(tmp_path, revision="main")
-    with pytest.raises(IncompatibleSAEError, match="not downloaded yet"):
-        load_sae("nobody/nothing")
 
 
 class FakeHub:

@@ -1,12 +1,12 @@
-"""Intervals, tests and power: against scipy, statsmodels and closed forms, and by simulation."""
+"""Intervals, tests and power: against scipy, statsmodels and closed forms."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
+from simulated_answers import answers, pair, solved
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
@@ -21,21 +21,6 @@ from resa_hf.evaluation.statistics import (
     paired_over_seeds,
     smallest_detectable,
 )
-
-CORRELATIONS = (0.0, 0.3, 0.7)
-
-
-def solved(rng, shape, accuracy, correlation):
-    """Chance of each problem to be answered right: beta-distributed with that intraclass correlation."""
-    if correlation == 0:
-        return np.full(shape, accuracy)
-    total = (1 - correlation) / correlation
-    return rng.beta(accuracy * total, (1 - accuracy) * total, size=shape)
-
-
-def answers(rng, chances, samples):
-    return (rng.random((*chances.shape, samples)) < chances[..., None]).astype(np.int8)
-
 
 # --- accuracy
 
@@ -97,31 +82,6 @@ def test_levels_that_are_none(level):
         accuracy_interval([0, 1], level)
 
 
-def accuracy_coverage(accuracies, draws, problems=30, samples=16, seed=0):
-    """[correlations, accuracies] share of 95% intervals that hold the truth."""
-    rng = np.random.default_rng(seed)
-    shares = np.zeros((len(CORRELATIONS), len(accuracies)))
-    for (i, correlation), (j, accuracy) in itertools.product(enumerate(CORRELATIONS), enumerate(accuracies)):
-        for _ in range(draws):
-            interval = accuracy_interval(answers(rng, solved(rng, problems, accuracy, correlation), samples))
-            shares[i, j] += interval.low <= accuracy <= interval.high
-    return shares / draws
-
-
-def test_accuracy_coverage():
-    shares = accuracy_coverage([0.05, 0.2, 0.5, 0.8, 0.95], draws=400)
-    # 6000 draws: standard error 0.3% on average, 1.3% in a cell.
-    assert abs(shares.mean() - 0.95) < 0.016
-    assert shares.min() > 0.92 - 3 * 0.013
-
-
-@pytest.mark.slow
-def test_accuracy_coverage_in_full():
-    shares = accuracy_coverage([0.05, 0.07, *np.arange(0.1, 0.91, 0.1), 0.93, 0.95], draws=5000)
-    assert abs(shares.mean() - 0.95) < 0.01
-    assert shares.min() > 0.92
-
-
 # --- over seeds
 
 
@@ -167,27 +127,7 @@ def test_seeds_that_do_not_pair(treated, base, message):
         equivalent_over_seeds(treated, base, 0.02)
 
 
-@pytest.mark.parametrize("seeds", [5, 10])
-def test_seed_level_coverage(seeds):
-    rng = np.random.default_rng(0)
-    hits, draws = 0, 4000
-    for _ in range(draws):
-        # Each seed trains an adapter of its own quality, and both models answer 500 questions.
-        base = rng.binomial(500, 0.5, seeds) / 500
-        treated = rng.binomial(500, np.clip(rng.normal(0.55, 0.03, seeds), 0, 1)) / 500
-        difference = paired_over_seeds(treated, base)
-        hits += difference.low <= 0.05 <= difference.high
-    assert abs(hits / draws - 0.95) < 0.015
-
-
 # --- over problems
-
-
-def pair(problems, samples, shift, seed):
-    """Answers of two models to the same problems, one better by `shift`."""
-    rng = np.random.default_rng(seed)
-    chances = solved(rng, problems, 0.4, 0.3) * (1 - shift)
-    return answers(rng, chances + shift, samples[0]), answers(rng, chances, samples[1])
 
 
 @pytest.mark.parametrize("samples", [(1, 1), (4, 4), (4, 3)])
@@ -288,36 +228,6 @@ def test_problems_that_do_not_pair():
         paired_over_problems([[1, 0]], [[1, 0]])
     with pytest.raises(ValueError, match="resamples is 0"):
         paired_over_problems([1, 0], [1, 0], resamples=0)
-
-
-def null_and_coverage(draws, samples, resamples, shift):
-    """Shares of p < 0.05, and of intervals that hold the truth, 30 problems."""
-    found = held = 0
-    for seed in range(draws):
-        treated, base = pair(30, samples, shift, seed)
-        difference = paired_over_problems(treated, base, resamples=resamples, seed=seed)
-        found += difference.p_value < 0.05
-        # chances + shift against chances, whatever the problem.
-        held += difference.low <= shift <= difference.high
-    return found / draws, held / draws
-
-
-def test_false_positives_and_coverage_over_problems():
-    found, held = null_and_coverage(1000, (16, 16), 999, shift=0.0)
-    # Standard error 0.7%.
-    assert abs(found - 0.05) < 0.02
-    assert abs(held - 0.95) < 0.02
-    found, held = null_and_coverage(300, (4, 4), 199, shift=0.2)
-    assert found > 0.8
-    assert held > 0.91
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("samples", [(16, 16), (16, 8)])
-def test_false_positives_and_coverage_over_problems_in_full(samples):
-    found, held = null_and_coverage(8000, samples, 999, shift=0.0)
-    assert abs(found - 0.05) < 0.007
-    assert abs(held - 0.95) < 0.01
 
 
 # --- equivalence, Holm, power

@@ -57,6 +57,12 @@ def batch_of(rows=4, length=12, seed=2, padded=True):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def ragged_dataset():
+    torch.manual_seed(3)
+    rows = [torch.randint(3, 56, (length,)).tolist() for length in (12, 5, 9, 12, 3, 7, 12, 10)]
+    return Dataset.from_dict({"input_ids": rows})
+
+
 def make_trainer(model, tmp_path, sae=None, source_model=None, dataset=None, peft_config=None, **settings):
     defaults = {
         "output_dir": str(tmp_path), "report_to": "none", "packing": False, "max_length": 12, "logging_steps": 1,
