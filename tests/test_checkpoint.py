@@ -246,3 +246,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(OSError, match=r"cannot be saved.*taken"):
         save_sae(make_sae(), tmp_path / "taken" / "sae")
+
+
+def test_checkpoints_inside_a_run_folder_do_not_count_either(tmp_path: Path) -> None:
+    # `resa-hf run` keeps Stage I's checkpoints in a folder of their own beside the finished SAE.
+    save_sae(make_sae("layers.0", 3), tmp_path / "layers.0")
+    save_sae(make_sae("layers.0", 5), tmp_path / "run" / "checkpoint-50" / "layers.0")
+    assert load_sae(tmp_path).metadata["seed"] == 3

@@ -65,6 +65,37 @@ def test_tune_trains_an_adapter_and_says_where_it_is(tmp_path, tune, capsys):
     assert report["held_out"]["eval_loss"] > 0 and "64 of 64 rows" in report["data"]["rows"]
 
 
+def test_a_rerun_with_other_settings_or_data_is_refused(tmp_path, tune, rows):
+    flags = ["--sae", str(sae_folder(tmp_path / "sae"))]
+    assert tune(*flags)[0] == 0
+    adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    status, message = tune(*flags, "--kl_beta", "1")
+    assert status == 2 and "other settings (settings.kl_beta)" in message
+    rows.write_text(rows.read_text().replace('"antwort": "1"', '"antwort": "2"'))
+    status, message = tune(*flags)
+    assert status == 2 and "other settings (data)" in message
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["max_steps"] == 1 and "trl" in report["versions"]
+
+
+def test_a_source_without_use_and_a_use_without_source(tmp_path, tune):
+    status, message = tune("--kl_reference", "source")
+    assert status == 2 and "a source model is not named" in message
+    status, message = tune("--sae", str(sae_folder(tmp_path / "sae")), "--source_model", "resa_hf/tiny/source")
+    assert status == 2 and "a source model is named" in message
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_dry_run_of_other_architectures(kind, make_model, tmp_path, capsys):
+    make_model(kind).save_pretrained(tmp_path / kind)
+    flags = ["--dataset", "d", "--model_name_or_path", str(tmp_path / kind), "--dry_run"]
+    assert main(["tune", *flags, "--sae", "somewhere"]) == 0
+    assert "Stage II:" in capsys.readouterr().out
+    assert main(["train-sae", *flags, "--hookpoints", "1"]) == 0
+    assert main(["train-sae", "--model_name_or_path", "resa_hf/tiny/source", "--dataset", "d", "--dry_run"]) == 0
+
+
 def test_unknown_hookpoint(tmp_path, tune):
     status, message = tune("--sae", str(sae_folder(tmp_path / "sae")), "--hookpoint", "layers.9")
     assert status == 2 and "Unknown hookpoint 'layers.9'. Valid: layers.0 to layers.3" in message

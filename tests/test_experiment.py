@@ -10,13 +10,14 @@ from scipy import stats
 
 from resa_hf.errors import DataError, JobError
 from resa_hf.evaluation.engine import Sampling
-from resa_hf.experiment.folder import BASE, RunFolder, write_json
+from resa_hf.experiment.folder import BASE, RunFolder, claim, write_json
 from resa_hf.experiment.known import make_known
-from resa_hf.experiment.pipeline import _claim
-from resa_hf.experiment.report import table, write_report
+from resa_hf.experiment.prepare import prepare
+from resa_hf.experiment.report import as_plain, table, write_report
 from resa_hf.experiment.results import choose_rates, collect, harness_check
 from resa_hf.experiment.schedule import arm_jobs, choosing_jobs, stage1_jobs, workers
 from resa_hf.experiment.settings import Arm, RunArguments, RunSettings, make_arms
+from resa_hf.experiment.stages import _last_whole_checkpoint
 
 LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 RATES = {"good": 1e-6, "control noise": 1e-6, "other": 1e-6}
@@ -167,7 +168,7 @@ def test_report_can_be_read_by_people_and_programs(judged):
     folder, run, _ = judged
     results = collect(folder, run, RATES)
     data = {"rows": "All.", "train_rows": 5, "held_out_rows": 200, "tokens": {"train": {"describe": "5 documents."}}}
-    text = write_report(folder, run, results, data, {}, 12.0)
+    text = write_report(folder, run, results, data, {})
     assert "Harness check: FAILED" not in text and "Harness check: passed. 2 arms" in text
     assert "verdicts on the method" in text and "fvu/layers.1 0.3" in text
     lines = table(results).splitlines()
@@ -188,24 +189,57 @@ def test_a_harness_that_gets_a_known_case_wrong_says_so(judged):
     assert harness_check(results) == [("loss", "equivalent", "worse")]
     data = {"rows": "All.", "train_rows": 5, "held_out_rows": 200, "tokens": {"train": {"describe": "5 documents."}}}
     assert "Harness check: FAILED. loss should be equivalent, got worse" in write_report(
-        folder, wrong, results, data, {}, 1
+        folder, wrong, results, data, {}
     )
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    _claim(folder, settings([Arm("a")]))
-    _claim(folder, settings([Arm("a")], processes=2))  # how many processes does not change the results
+    claim(folder.root, as_plain(settings([Arm("a")])))
+    claim(folder.root, as_plain(settings([Arm("a")], processes=2)))  # how many processes does not change the results
     with pytest.raises(DataError, match=r"other settings \(run.seeds\)"):
-        _claim(folder, settings([Arm("a")], seeds=(0,)))
+        claim(folder.root, as_plain(settings([Arm("a")], seeds=(0,))))
     with pytest.raises(DataError, match=r"other settings \(arms\)"):
-        _claim(folder, settings([Arm("b")]))
+        claim(folder.root, as_plain(settings([Arm("b")])))
+    claim(folder.root, as_plain(settings([Arm("b")])), free=("arms",))
+    claim(folder.root, as_plain(settings([Arm("b")])))
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written: Not a directory"):
-        _claim(RunFolder(tmp_path / "file" / "run"), settings([Arm("a")]))
+        claim(tmp_path / "file" / "run", as_plain(settings([Arm("a")])))
+
+
+def test_data_that_has_changed_since_is_refused(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"problem": f"{a}+{b} mod 10", "answer": str((a + b) % 10)} for a in range(9) for b in range(9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    run = settings([], model_name_or_path="resa_hf/tiny/base", source_model=None, dataset=str(path), held_out=9).run
+    folder = RunFolder(tmp_path / "run")
+    first = prepare(folder, run, 32)
+    assert prepare(folder, run, 32) == first
+    path.write_text("\n".join(map(json.dumps, rows[:-1])))
+    with pytest.raises(DataError, match="has changed since the run"):
+        prepare(folder, run, 32)
+
+
+def test_only_an_arm_that_differs_in_nothing_else_is_a_control_of_another():
+    noise = Arm("n", "source", tuning={"control": "noise", "sae_gradient": "stop"})
+    assert noise.is_control_of(Arm("a", "source", tuning={"sae_gradient": "stop"}))
+    assert not noise.is_control_of(Arm("a", "source"))
+    assert not noise.is_control_of(Arm("a", "base", tuning={"sae_gradient": "stop"}))
+    assert not noise.is_control_of(noise)
+    assert not Arm("a", "source").is_control_of(Arm("b", "source"))
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path):
+    assert _last_whole_checkpoint(tmp_path / "nowhere") is None
+    for step, whole in ((9, True), (10, True), (11, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert _last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_a_job_that_fails_is_named(tmp_path):

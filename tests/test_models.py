@@ -33,6 +33,8 @@ def test_an_adapter_beside_its_base_and_in_its_place_is_merged(folders):
     for model in (load_causal_lm(str(base), str(adapter)), load_causal_lm(str(adapter))):
         assert not isinstance(model, PeftModel)
         torch.testing.assert_close(model.eval()(IDS).logits, expected)
+        # What is trained on it must not claim to fit the bare base.
+        assert model.name_or_path != str(base)
     plain = load_causal_lm(str(base))
     assert not torch.allclose(plain.eval()(IDS).logits, expected)
     assert load_causal_lm(str(base), str(adapter)).name_or_path == f"{base}+{adapter}"

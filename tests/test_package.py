@@ -97,6 +97,9 @@ def test_wheel_holds_all_that_the_source_tree_does(tmp_path: Path) -> None:
         for path in SOURCE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    there |= {
+        f"resa_hf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*") if path.is_file()
+    }
     assert packed == there
     assert "resa_hf/py.typed" in packed
     weights = {

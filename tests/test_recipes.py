@@ -20,7 +20,7 @@ def parse(path, *flags):
     if kind == "run":
         own = ["--dataset", "mine.jsonl"] if path.name == "own_data.yaml" else []
         return parse_run(["--config", str(path), *own, *flags], "test", "")
-    return parse_flat(STAGE1 if kind == "sae" else STAGE2, ["--config", str(path), *flags], "test", "")
+    return parse_flat(STAGE1 if kind == "sae" else STAGE2, ["--config", str(path), *flags], "test", "")[0]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*/*.yaml")), ids=lambda p: "/".join(p.parts[-3:]))
@@ -81,6 +81,30 @@ def test_flags_win_over_the_recipe_also_in_sections():
     assert run.stage1["num_latents"] == parse(path).stage1["num_latents"]
 
 
+def test_every_spelling_of_a_flag_counts():
+    path = RECIPES / "tiny-reasoner" / "run" / "demo.yaml"
+    for flags in (["--stage2.kl-beta", "1"], ["--stage2.kl_beta=1"], ["--stage2.kl_beta", "1"]):
+        assert parse(path, *flags).stage2["kl_beta"] == 1.0
+    assert parse_run([f"--config={path}"], "test", "") == parse(path)
+    with pytest.raises(SystemExit):
+        parse(path, "--stage2.kl_betta", "1")
+
+
+def test_arms_hold_values_of_their_types_and_only_what_differs(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: m\ndataset: d\nstage1: {hookpoints: [layers.1, layers.2], max_length: 64}\n"
+        "stage2: {sae_gradient: stop}\narms:\n  a: {sft_weight: 1e-3, sae_gradient: stop, sae_id: layers.1}\n"
+        "  b: {control: none, sae_id: layers.2}\n"
+    )
+    run = parse_run(["--config", str(recipe)], "test", "")
+    assert [dict(arm.tuning) for arm in run.arms] == [
+        {"sft_weight": 1e-3, "sae_id": "layers.1"},
+        {"sae_id": "layers.2"},
+    ]
+    assert run.stage1["max_length"] == run.stage2["max_length"] == 64
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -89,7 +113,7 @@ def test_flags_win_over_the_recipe_also_in_sections():
         ("stage2: {seed: 4}", "seed cannot be set in stage2"),
         ("stage1: {hookpoints: [layers.1], sae_optimizer: adagrad}", "sae_optimizer must be one of signum, adam"),
         ("stage1: {num_latents: 64}", "stage1.hookpoints is not set"),
-        ("stage1: {hookpoints: [layers.1, layers.2]}", "a run tunes with one SAE: set stage2.sae_id"),
+        ("stage1: {hookpoints: [layers.1, layers.2]}", "an arm tunes with one SAE: set stage2.sae_id"),
         ("stage1: [1]", "stage1 must be a mapping"),
         ("template: paperr", "template is 'paperr'"),
         ("sampling: {temperature: -1.0}", "temperature is -1.0"),
@@ -100,6 +124,12 @@ def test_flags_win_over_the_recipe_also_in_sections():
             "stage1: {hookpoints: [layers.1], max_length: 64}\nstage2: {max_length: 128}",
             "max_length is 64 in stage1 and 128",
         ),
+        ("arms: {a: {learning_rate: 1.0e-3}}", "Arm 'a' cannot set learning_rate: it shares it with the others"),
+        ("arms: {a: {known: zero_adapter, kl_beta: 1.0}}", "Arm 'a' cannot set kl_beta: it is not trained"),
+        ("arms: {a: {known: zero_adapter, kl_betta: 1.0}}", "unknown keys: kl_betta"),
+        ("stage2: {kl_reference: source}\narms: {a: {sae_from: none}}", "source model that is not the target"),
+        ("stage2: {eval_on_start: true}", "eval_on_start cannot be set in stage2"),
+        ("stage2: {max_length: null}", "it must be one number"),
         ("null: 1", "keys are words"),
         ("- a", "must be a YAML mapping"),
         ("a: [", "cannot be read"),

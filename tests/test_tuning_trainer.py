@@ -214,3 +214,23 @@ def test_special_tokens_pass_the_sae_untouched(tmp_path):
     x = torch.randn(4, 12, 32, dtype=torch.float64)
     out = by_setting._insertion(x)
     assert torch.equal(out[:, 5], x[:, 5]) and not torch.isclose(out[:, 4], x[:, 4]).all()
+
+
+def test_positions_are_counted_alike_on_gpt2(tmp_path, make_model):
+    # GPT-2's class names no loss, and the Trainer would count the label of position 0, which nothing predicts.
+    trainer = make_trainer(
+        make_model("gpt2"), tmp_path, sae=tiny_sae(torch.float32), dataset=ragged_dataset(), max_steps=1,
+        per_device_train_batch_size=8, eos_token="<eos>",
+    )  # fmt: skip
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx(first["kl"], rel=1e-4)
+
+
+def test_shared_prefix_is_used_with_the_noise_control_too(tmp_path):
+    trainer = make_trainer(
+        moved_adapter(tiny_model(), moved=False), tmp_path, sae=tiny_sae(), sae_gradient="stop", control="noise",
+        max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer._shared is True

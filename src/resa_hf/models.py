@@ -50,14 +50,14 @@ def load_causal_lm(
         raise OSError(
             f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {error}"
         ) from error
-    if adapter is not None:
+    if adapter is not None or _is_adapter(local_name(name), revision):
         # What is trained on it does not fit the base alone, and its adapter_config.json must not say so.
-        merged.config._name_or_path = merged.name_or_path = f"{name}+{adapter}"
+        merged.config._name_or_path = merged.name_or_path = name if adapter is None else f"{name}+{adapter}"
     return merged
 
 
 def _load_merged(folder: str, adapter: str | None, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
-    if adapter is None and find_adapter_config_file(folder, revision=revision) is not None:
+    if adapter is None and _is_adapter(folder, revision):
         config = PeftConfig.from_pretrained(folder, revision=revision)
         base = load_causal_lm(str(config.base_model_name_or_path), dtype=dtype)
         merged = PeftModel.from_pretrained(base, folder, revision=revision).merge_and_unload()
@@ -72,7 +72,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     """Loads the tokenizer of a model that `load_causal_lm` takes; an `OSError` names the model."""
     folder = local_name(name)
     try:
-        if find_adapter_config_file(folder, revision=revision) is not None and not _has_tokenizer(folder):
+        if _is_adapter(folder, revision) and not (Path(folder) / "tokenizer_config.json").is_file():
             return load_tokenizer(str(PeftConfig.from_pretrained(folder, revision=revision).base_model_name_or_path))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, revision=revision)
     except OSError as error:
@@ -80,8 +80,8 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     return tokenizer
 
 
-def _has_tokenizer(folder: str) -> bool:
-    return (Path(folder) / "tokenizer_config.json").is_file()
+def _is_adapter(folder: str, revision: str | None) -> bool:
+    return find_adapter_config_file(folder, revision=revision) is not None
 
 
 def check_same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""Training precision that the machine at hand can run."""
+"""The device and the training precision that the machine at hand can run."""
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
@@ -22,3 +22,9 @@ def runnable_precision(bf16: bool | None, fp16: bool, use_cpu: bool) -> dict[str
     if bf16 is None:
         bf16 = not fp16 and not use_cpu and is_torch_bf16_gpu_available()
     return {"bf16": bf16, "use_cpu": use_cpu}
+
+
+def runnable_device(use_cpu: bool = False) -> torch.device:
+    """The accelerator, if there is one and it is not refused; otherwise the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if use_cpu or accelerator is None else accelerator

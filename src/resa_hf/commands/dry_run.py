@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import PeftConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
-from ..arguments import DataArguments, ModelArguments
+from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
 from ..experiment.report import as_plain
 from ..experiment.settings import RunSettings
 from ..models import local_name
@@ -28,72 +30,95 @@ def describe_run(settings: RunSettings) -> str:
     """What `resa-hf run` would do."""
     run = settings.run
     stage1 = SAETrainingConfig(**settings.stage1, output_dir="unused") if settings.sae_sources else None
-    stage2 = SAETuningConfig(**settings.stage2, output_dir="unused")
+    arms = [SAETuningConfig(**{**settings.stage2, **arm.tuning}, output_dir="unused") for arm in settings.arms]
     trained = [arm.name for arm in settings.arms if arm.known is None]
+    rates = len(settings.learning_rates)
     jobs = (
         f"{len(settings.sae_sources) * len(run.seeds)} SAE trainings; "
         f"{len(trained)} trained arms x {len(run.seeds)} seeds"
-        + (
-            f", {len(settings.learning_rates)} learning rates to choose among"
-            if len(settings.learning_rates) > 1
-            else ""
-        )
+        + (f", {rates} learning rates to choose among" if rates > 1 else "")
         + f"; answers of {len(settings.arms) + 1} arms to {run.held_out} questions."
     )
     resolved = json.dumps(as_plain(settings), indent=2, default=str)
-    return f"{resolved}\n\n{jobs}\n\n{_loaded(run, run)}\n\n{_memory(run, stage1, stage2)}"
+    loaded = _loaded(run, run, run.source_model or run.source_adapter, run.sae)
+    teacher = any(arm.kl_reference == "source" for arm in arms)
+    predicted = [_stage1_memory(run, stage1)] if stage1 is not None else []
+    predicted.append(_stage2_memory(run, run, arms[0], stage1, teacher))
+    return "\n\n".join([resolved, jobs, loaded, "Predicted memory of one job:\n" + "\n".join(predicted)])
 
 
 def describe_stage(
     model: ModelArguments,
     data: DataArguments,
-    stage1: SAETrainingConfig | None = None,
-    stage2: SAETuningConfig | None = None,
+    settings: dict[str, Any],
+    stage: SAETrainingConfig | tuple[SAETuningConfig, LoraArguments, SourceArguments],
 ) -> str:
     """What `resa-hf train-sae` or `resa-hf tune` would do."""
-    config = stage1 if stage1 is not None else stage2
-    assert config is not None, "one stage is given"
-    resolved = json.dumps({**vars(model), **vars(data), **config.to_dict()}, indent=2, default=str)
-    return f"{resolved}\n\n{_loaded(model, data)}\n\n{_memory(model, stage1, stage2)}"
+    resolved = json.dumps({**vars(model), **vars(data), **settings}, indent=2, default=str)
+    if isinstance(stage, SAETrainingConfig):
+        loaded, predicted = _loaded(model, data, stage.initial_sae), _stage1_memory(model, stage)
+    else:
+        args, lora, source = stage
+        loaded = _loaded(model, data, source.source_model or source.source_adapter, args.sae)
+        predicted = _stage2_memory(model, lora, args, None, args.kl_reference == "source")
+    return "\n\n".join([resolved, loaded, f"Predicted memory:\n{predicted}"])
 
 
-def _loaded(model: ModelArguments, data: DataArguments) -> str:
+def _loaded(model: ModelArguments, data: DataArguments, *others: str | None) -> str:
+    names = [model.model_name_or_path, model.model_adapter, *others, data.dataset]
+    return f"Would load: {', '.join(name for name in names if name)}."
+
+
+def _shape(model: ModelArguments) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model without its weights, and the dtype that they would have."""
     folder = local_name(model.model_name_or_path)
-    where = "a folder" if Path(folder).is_dir() else "the Hub"
-    return f"Would load: model {model.model_name_or_path} from {where}; data {data.dataset}."
-
-
-def _memory(model: ModelArguments, stage1: SAETrainingConfig | None, stage2: SAETuningConfig | None) -> str:
-    """Predicted peak memory of the device, by part; activations without gradient checkpointing."""
-    config: Any = AutoConfig.from_pretrained(local_name(model.model_name_or_path), revision=model.model_revision)
-    text = config.get_text_config()
+    if find_adapter_config_file(folder, revision=model.model_revision) is not None:
+        folder = local_name(str(PeftConfig.from_pretrained(folder).base_model_name_or_path))
+    config = AutoConfig.from_pretrained(folder, revision=model.model_revision)
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in meta.parameters())
-    dtype = config.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
-    width, weights = text.hidden_size, parameters * (dtype or torch.float32).itemsize
-    lines = [f"Predicted memory, {parameters / 1e6:,.1f} M parameters in {dtype}:"]
-    if stage1 is not None:
-        latents = stage1.num_latents or (stage1.expansion_factor or 32) * width
-        # Weights, gradients and two buffers of the optimiser, all float32.
-        sae = 2 * latents * width * 4 * 4 * max(len(stage1.hookpoints), 1)
-        tokens = stage1.per_device_train_batch_size * stage1.max_length
-        made = tokens * latents * 4
-        lines.append(_line("Stage I", model=weights, saes=sae, activations=made + 8 * tokens * width * dtype.itemsize))
-    if stage2 is not None:
-        targets = sum(m.in_features + m.out_features for n, m in _linears(meta) if "lm_head" not in n)
-        adapter = 32 * targets * 16  # rank 32: weights, gradients and two moments in float32
-        tokens = stage2.per_device_train_batch_size * (stage2.max_length or 2048)
-        # About 16 widths and 3 MLP widths a layer and token are kept for the backward.
-        kept = tokens * text.num_hidden_layers * (16 * width + 3 * text.intermediate_size) * dtype.itemsize
-        source = weights if stage2.kl_reference == "source" else 0
-        spliced = 2 * (stage1.num_latents or 32 * width) * width * 4 if stage1 is not None else 0
-        lines.append(_line("Stage II", model=weights, source=source, sae=spliced, adapter=adapter, activations=kept))
-    return "\n".join(lines)
+    stored = config.dtype or torch.float32
+    return meta, stored if model.dtype == "auto" else getattr(torch, model.dtype)
 
 
-def _linears(model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+def _stage1_memory(model: ModelArguments, args: SAETrainingConfig) -> str:
+    meta, dtype = _shape(model)
+    width = meta.config.get_text_config().hidden_size
+    latents = args.num_latents or (args.expansion_factor or 32) * width
+    # Weights, gradients and two buffers of the optimiser, all float32.
+    saes = 2 * latents * width * 4 * 4 * len(args.hookpoints)
+    tokens = args.per_device_train_batch_size * args.max_length
+    # One hookpoint's latents at a time, and some hidden states of the layer that runs.
+    activations = tokens * (latents * 4 + 16 * width * dtype.itemsize)
+    return _line("Stage I", model=_size(meta, dtype), saes=saes, activations=activations)
+
+
+def _stage2_memory(
+    model: ModelArguments, lora: LoraArguments, args: SAETuningConfig, stage1: SAETrainingConfig | None, teacher: bool
+) -> str:
+    meta, dtype = _shape(model)
+    text = meta.config.get_text_config()
+    wanted = lora.lora_target_modules
+    linears = [m for n, m in meta.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and "lm_head" not in n]
+    if wanted is not None:
+        named = dict(meta.named_modules())
+        linears = [module for name, module in named.items() if name.rpartition(".")[2] in wanted]
+    ends = sum(sum(module.weight.shape) for module in linears)
+    adapter = lora.lora_r * ends * 4 * 4  # weights, gradients and two moments in float32
+    tokens = args.per_device_train_batch_size * (args.max_length or 2048)
+    # About 16 widths and 3 MLP widths a layer and token are kept for the backward; checkpointing keeps one width.
+    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    layer = text.hidden_size if args.gradient_checkpointing else 16 * text.hidden_size + 3 * wide
+    activations = tokens * text.num_hidden_layers * layer * dtype.itemsize
+    latents = (stage1.num_latents or (stage1.expansion_factor or 32) * text.hidden_size) if stage1 is not None else 0
+    size = _size(meta, dtype)
+    parts = {"source": size if teacher else 0, "sae": 2 * latents * text.hidden_size * 4}
+    line = _line("Stage II", model=size, **parts, adapter=adapter, activations=activations)
+    return line if stage1 is not None or args.sae is None else f"{line}, and the SAE's own size"
+
+
+def _size(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def _line(stage: str, **parts: float) -> str:

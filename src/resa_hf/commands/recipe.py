@@ -1,5 +1,6 @@
 """Recipes and flags: YAML gives the values, flags win over it, and what nobody knows is an error."""
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from ..tuning.config import SAETuningConfig
 
 SECTIONS: dict[str, Any] = {"stage1": SAETrainingConfig, "stage2": SAETuningConfig, "sampling": Sampling}
 # The run sets these itself: one value for all arms would be wrong, or would be overwritten.
-_RESERVED = {"output_dir", "seed", "sae", "sae_revision", "packing"}
+_RESERVED = {"output_dir", "seed", "sae", "sae_revision", "packing", "eval_strategy", "eval_on_start"}
 
 
 def recipe_path(name: str) -> Path:
@@ -43,16 +44,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def parse_flat(types: Sequence[Any], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
+def parse_flat(
+    types: Sequence[Any], argv: Sequence[str], prog: str, description: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Parses `--config` and flags into dataclasses that share one flat recipe.
+
+    Returns:
+        The dataclasses, and the keys that were set, with their values.
 
     Raises:
         `ValueError`: for an unknown key, a wrong choice, or a recipe that cannot be read.
     """
     parser = TrlParser(list(types), prog=prog, description=description, allow_abbrev=False)
     rest, path = _take_config(argv)
-    _set_defaults(parser, read_yaml(path) if path else {}, str(path))
-    return tuple(parser.parse_args_into_dataclasses(rest))
+    recipe = read_yaml(path) if path else {}
+    _set_defaults(parser, recipe, str(path))
+    parsed = tuple(parser.parse_args_into_dataclasses(rest))
+    return parsed, _given(types, recipe, rest, str(path))
 
 
 def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | None = None) -> RunSettings:
@@ -78,23 +86,16 @@ def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | N
     parser.epilog = "Keys of the sections stage1, stage2 and sampling: --stage2.learning_rate 1e-5, and so on."
     _set_defaults(parser, recipe, str(path))
     (run,) = parser.parse_args_into_dataclasses(rest)
-    settings = RunSettings(
-        run, sections["stage1"], sections["stage2"], Sampling(**sections["sampling"]), make_arms(arms, run)
-    )
-    lengths = [section.get("max_length") for section in (settings.stage1, settings.stage2)]
-    if None not in lengths and lengths[0] != lengths[1]:
-        raise ValueError(
-            f"max_length is {lengths[0]} in stage1 and {lengths[1]} in stage2; a run packs its text once."
-        )
-    for arm in settings.arms:
-        _check_arm(settings, arm)
+    stage1, stage2 = _one_max_length(sections["stage1"], sections["stage2"])
+    checked = [_checked_arm(arm, run, stage2) for arm in make_arms(arms, run)]
+    settings = RunSettings(run, stage1, stage2, Sampling(**sections["sampling"]), checked)
     if settings.sae_sources:
         _check_stage1(settings)
     return settings
 
 
 def _take_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    rest = list(argv)
+    rest = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in rest:
         return rest, None
     at = rest.index("--config")
@@ -132,36 +133,65 @@ def _section(name: str, recipe: Any, flags: list[str], where: str) -> dict[str, 
     recipe = {} if recipe is None else recipe
     if not isinstance(recipe, dict):
         raise ValueError(f"{where}: {name} must be a mapping, not {recipe!r}.")
-    parser = TrlParser([SECTIONS[name]], prog=name, allow_abbrev=False, add_help=False)
-    _set_defaults(parser, recipe, f"{where}: {name}")
-    values = vars(parser.parse_args(flags))
-    given = {word.removeprefix("--").partition("=")[0] for word in flags if word.startswith("--")}
-    keys = set(recipe) | {field.name for field in dataclasses.fields(SECTIONS[name]) if field.name in given}
-    reserved = sorted(keys & _RESERVED) if name != "sampling" else []
+    given = _given([SECTIONS[name]], recipe, flags, f"{where}: {name}")
+    reserved = sorted(given.keys() & _RESERVED) if name != "sampling" else []
     if reserved:
         raise ValueError(
             f"{where}: {', '.join(reserved)} cannot be set in {name}; the run sets it (see `seeds` and `sae`)."
         )
-    return {key: values[key] for key in sorted(keys)}
+    return dict(sorted(given.items()))
 
 
-def _check_arm(settings: RunSettings, arm: Arm) -> None:
+def _given(types: Sequence[Any], recipe: Mapping[str, Any], flags: Sequence[str], where: str) -> dict[str, Any]:
+    """The keys that a recipe and flags set, as values of their types."""
+    parser = TrlParser(list(types), prog=where, allow_abbrev=False, add_help=False)
+    for action in parser._actions:  # as TrlParser does; `set_defaults` would put the marker itself into the result
+        action.default = argparse.SUPPRESS
+    _set_defaults(parser, recipe, where)
+    return vars(parser.parse_args(list(flags)))
+
+
+def _one_max_length(stage1: dict[str, Any], stage2: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Puts the tokens of a row, which a run settles once, into both sections."""
+    lengths = {section["max_length"] for section in (stage1, stage2) if "max_length" in section} or {2048}
+    if len(lengths) > 1 or None in lengths:
+        raise ValueError(
+            f"max_length is {stage1.get('max_length')} in stage1 and {stage2.get('max_length')} in stage2; a run "
+            "makes its rows of tokens once, so it must be one number."
+        )
+    (length,) = lengths
+    return {**stage1, "max_length": length}, {**stage2, "max_length": length}
+
+
+def _checked_arm(arm: Arm, run: RunArguments, stage2: Mapping[str, Any]) -> Arm:
+    """The arm with what is different in its Stage II alone, as values of their types."""
+    where = f"Arm {arm.name!r}"
+    tuning = _section("stage2", dict(arm.tuning), [], where)
+    fixed = sorted(tuning.keys() & {"learning_rate", "max_length"}) if arm.known is None else sorted(tuning)
+    if fixed:
+        reason = "is not trained" if arm.known else "shares it with the others (see `learning_rates`)"
+        raise ValueError(f"{where} cannot set {', '.join(fixed)}: it {reason}.")
     if arm.known is not None:
-        return
-    tuning = _section("stage2", dict(arm.tuning), [], f"Arm {arm.name!r}")
+        return arm
     try:
-        config = SAETuningConfig(**{**settings.stage2, **tuning}, output_dir="unused")
+        config = SAETuningConfig(**{**stage2, **tuning}, output_dir="unused")
         config.check_sae(arm.sae_from != "none")
     except ValueError as error:
-        raise ValueError(f"Arm {arm.name!r}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
+    if config.kl_reference == "source" and not run.has_source:
+        raise ValueError(f"{where}: kl_reference: source needs a source model that is not the target.")
+    usual = SAETuningConfig(**stage2, output_dir="unused")
+    different = {key: getattr(config, key) for key in tuning if getattr(config, key) != getattr(usual, key)}
+    return dataclasses.replace(arm, tuning=different)
 
 
 def _check_stage1(settings: RunSettings) -> None:
     config = SAETrainingConfig(**settings.stage1, output_dir="unused")
     if not config.hookpoints:
         raise ValueError("stage1.hookpoints is not set: say where to train the SAE, for example `hookpoints: [12]`.")
-    if len(config.hookpoints) > 1 and "sae_id" not in settings.stage2:
+    spliced = [arm for arm in settings.arms if arm.sae_from in ("source", "base")]
+    if len(config.hookpoints) > 1 and any("sae_id" not in {**settings.stage2, **arm.tuning} for arm in spliced):
         raise ValueError(
-            f"stage1.hookpoints names {len(config.hookpoints)} hookpoints; a run tunes with one SAE: set "
-            "stage2.sae_id."
+            f"stage1.hookpoints names {len(config.hookpoints)} hookpoints; an arm tunes with one SAE: set "
+            "stage2.sae_id, or each arm's."
         )

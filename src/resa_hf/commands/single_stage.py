@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..arguments import DataArguments
 from ..data import hold_out
-from ..experiment.folder import write_json
+from ..experiment.folder import claim, write_json
 from ..experiment.prepare import load_rows, tokenize
+from ..experiment.report import versions
 from ..experiment.stages import train_from_last_checkpoint
 
 
@@ -35,11 +36,19 @@ def stage_text(
     return tokens["train"], tokens.get("held_out"), told
 
 
-def run_stage(trainer: Trainer, told: dict[str, Any]) -> Path:
-    """Trains from the last checkpoint, evaluates if anything is held out, saves; returns the path of report.json."""
+def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str]) -> Path:
+    """Trains from the last checkpoint, evaluates if anything is held out, saves; returns the path of report.json.
+
+    Raises:
+        `DataError`: if the stage was started in this folder with other settings or data.
+    """
+    output = Path(str(trainer.args.output_dir))
+    # Only now, when everything fits: a mistake that was found before is to be mended without another folder.
+    claim(output, {"settings": settings, "data": told["fingerprint"]})
     seconds = train_from_last_checkpoint(trainer)
     held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
-    path = Path(str(trainer.args.output_dir)) / "report.json"
-    write_json(path, {"data": told, "seconds": seconds, "held_out": held_out, "log": trainer.state.log_history})
+    path = output / "report.json"
+    report = {"settings": settings, "data": told, "seconds": seconds, "held_out": held_out}
+    write_json(path, {**report, "log": trainer.state.log_history, "versions": versions()})
     return path

@@ -24,9 +24,9 @@ def main(argv: Sequence[str]) -> None:
 
     rest, dry = take_dry_run(argv)
     types = (ModelArguments, DataArguments, SAETrainingConfig)
-    model_args, data_args, args = parse_flat(types, rest, "resa-hf train-sae", __doc__ or "")
+    (model_args, data_args, args), given = parse_flat(types, rest, "resa-hf train-sae", __doc__ or "")
     if dry:
-        print(describe_stage(model_args, data_args, stage1=args))
+        print(describe_stage(model_args, data_args, given, args))
         return
     check_writable(Path(args.output_dir))
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
@@ -38,5 +38,5 @@ def main(argv: Sequence[str]) -> None:
         dtype=model_args.dtype,
     )
     trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer)
-    report = run_stage(trainer, told)
+    report = run_stage(trainer, given, told)
     print(f"\nSAEs: {', '.join(str(report.parent / name) for name in trainer.saes)}. Report: {report}.")

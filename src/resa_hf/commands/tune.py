@@ -25,9 +25,17 @@ def main(argv: Sequence[str]) -> None:
 
     rest, dry = take_dry_run(argv)
     types = (ModelArguments, SourceArguments, LoraArguments, DataArguments, SAETuningConfig)
-    model_args, source_args, lora_args, data_args, args = parse_flat(types, rest, "resa-hf tune", __doc__ or "")
+    (model_args, source_args, lora_args, data_args, args), given = parse_flat(
+        types, rest, "resa-hf tune", __doc__ or ""
+    )
+    if source_args.has_source != (args.kl_reference == "source"):
+        named = "named" if source_args.has_source else "not named"
+        raise ValueError(
+            f"kl_reference is {args.kl_reference!r} and a source model is {named}: "
+            "`source_model` or `source_adapter` is needed with kl_reference: source, and has no use otherwise."
+        )
     if dry:
-        print(describe_stage(model_args, data_args, stage2=args))
+        print(describe_stage(model_args, data_args, given, (args, lora_args, source_args)))
         return
     check_writable(Path(args.output_dir))
     name = model_args.model_name_or_path
@@ -52,5 +60,5 @@ def main(argv: Sequence[str]) -> None:
         source_model=source,
         peft_config=lora_args.lora_config(),
     )
-    report = run_stage(trainer, told)
+    report = run_stage(trainer, given, told)
     print(f"\nAdapter: {report.parent}. Report: {report}.")

@@ -23,11 +23,6 @@ class RunFolder:
 
     root: Path
 
-    @property
-    def settings(self) -> Path:
-        """The resolved settings."""
-        return self.root / "settings.json"
-
     def data(self, name: str) -> Path:
         """A packed dataset (`train`, `held_out`), or `questions.json` and `data.json`."""
         return self.root / "data" / name
@@ -69,3 +64,39 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise DataError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
+
+
+def claim(folder: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    """Writes settings.json into a folder, unless what is there was started with other settings.
+
+    Args:
+        folder (`Path`): the output folder.
+        settings (`dict`): sections of settings, or single ones.
+        free (`tuple[str, ...]`): sections that may differ, because nothing was made with them yet.
+
+    Raises:
+        `DataError`: if the folder holds something that was started with other settings, or cannot be written.
+    """
+    check_writable(folder)
+    path = folder / "settings.json"
+    wanted = _flat(settings)
+    there = _flat(read_json(path)) if path.is_file() else wanted
+    different = {key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)}
+    # How many processes there are, and how the folder is spelled, changes nothing in the results.
+    different -= {"run.processes", "run.output_dir", "settings.output_dir"}
+    different = {key for key in different if key.partition(".")[0] not in free}
+    if different:
+        raise DataError(
+            f"{folder} holds a run with other settings ({', '.join(sorted(different))}). "
+            "Choose another --output_dir, or delete the folder."
+        )
+    write_json(path, settings)
+
+
+def _flat(plain: dict[str, Any]) -> dict[str, Any]:
+    """`{"run": {"seeds": [0]}, "arms": []}` as `{"run.seeds": [0], "arms": []}`."""
+    return {
+        f"{section}.{name}".rstrip("."): value
+        for section, content in plain.items()
+        for name, value in (content.items() if isinstance(content, dict) else [("", content)])
+    }

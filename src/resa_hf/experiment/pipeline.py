@@ -1,10 +1,6 @@
 """The whole way: data, Stage I, Stage II, answers, verdict."""
 
-import time
-from typing import Any
-
-from ..errors import DataError
-from .folder import RunFolder, check_writable, read_json, write_json
+from .folder import RunFolder, claim
 from .prepare import describe, prepare
 from .report import as_plain, write_report
 from .results import ArmResult, choose_rates, collect
@@ -23,8 +19,9 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
         written.
         `JobError`: from a stage, naming the arm; what was finished is kept.
     """
-    started = time.perf_counter()
-    _claim(folder, settings)
+    # A mistake in Stage II's settings that showed after Stage I is to be mended without training the SAEs again.
+    no_arm_yet = not any(folder.root.glob("arms/*/*/*/*.json*"))
+    claim(folder.root, as_plain(settings), free=("stage2", "arms", "sampling") if no_arm_yet else ())
     data = prepare(folder, settings.run, int(settings.stage2.get("max_length", 2048)))
     print(describe(data), flush=True)
     with workers(folder, settings) as run_jobs:
@@ -34,31 +31,5 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
         rates, chosen_by = choose_rates(folder, settings, choosing)
         run_jobs(arm_jobs(settings, rates), "Stage II and answers")
     results = collect(folder, settings, rates)
-    print("\n" + write_report(folder, settings, results, data, chosen_by, time.perf_counter() - started))
+    print("\n" + write_report(folder, settings, results, data, chosen_by))
     return results
-
-
-def _claim(folder: RunFolder, settings: RunSettings) -> None:
-    check_writable(folder.root)
-    plain = as_plain(settings)
-    if not folder.settings.is_file():
-        write_json(folder.settings, plain)
-        return
-    wanted, there = _flat(plain), _flat(read_json(folder.settings))
-    different = {key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)}
-    # How many processes there are, and how the folder is spelled, changes nothing in the results.
-    different -= {"run.processes", "run.output_dir"}
-    if different:
-        raise DataError(
-            f"{folder.root} holds a run with other settings ({', '.join(sorted(different))}). "
-            "Choose another --output_dir, or delete the folder."
-        )
-
-
-def _flat(plain: dict[str, Any]) -> dict[str, Any]:
-    """`{"run": {"seeds": [0]}, "arms": []}` as `{"run.seeds": [0], "arms": []}`."""
-    return {
-        f"{section}.{name}".rstrip("."): value
-        for section, content in plain.items()
-        for name, value in (content.items() if isinstance(content, dict) else [("", content)])
-    }

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import DataArguments
 from ..data import QAReport, hold_out, load_qa
+from ..errors import DataError
 from ..models import check_same_vocabulary, load_tokenizer
 from ..text import Template, TokenReport, add_text, evaluation_prompt, tokenize_and_pack, tokenize_documents
 from .folder import RunFolder, read_json, write_json
@@ -29,13 +30,18 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int) -> dict[str, 
         `DataError`: if the data cannot be used.
         `ValueError`: if source and target have different tokenizers.
     """
+    rows, qa = load_rows(run)
     if folder.data("data.json").is_file():
         report: dict[str, Any] = read_json(folder.data("data.json"))
+        if report["fingerprint"] != qa.fingerprint:
+            raise DataError(
+                f"{run.dataset} has changed since the run in {folder.root} was started. Choose another "
+                "--output_dir, or delete the folder."
+            )
         return report
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
     if run.source_model is not None:
         check_same_vocabulary(tokenizer, load_tokenizer(run.source_model, revision=run.source_revision))
-    rows, qa = load_rows(run)
     train, held_out = hold_out(rows, run.held_out, run.split_seed)
     questions = {"held_out": _questions(held_out, run.template, tokenizer)}
     if run.selection:

@@ -19,7 +19,6 @@ def write_report(
     results: list[ArmResult],
     data: dict[str, Any],
     choosing: dict[str, Any],
-    seconds: float,
 ) -> str:
     """Writes report.md, report.json and report.png into the run's folder.
 
@@ -27,16 +26,16 @@ def write_report(
         `str`: the table and what follows from it, for the terminal.
     """
     saes = sae_quality(folder, settings)
+    seconds = sum(quality["seconds"] for quality in saes.values()) + sum(sum(r.seconds.values()) for r in results)
     text = "\n\n".join(
         part for part in (table(results), _reading(settings, results), _harness(results), _sae_lines(saes)) if part
     )
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"resa-hf": __version__}
     title = f"# {settings.run.model_name_or_path} on {settings.run.dataset}\n\n![accuracy by arm](report.png)"
     closing = (
         f"{data['rows']} {data['train_rows']:,} rows to train on ({data['tokens']['train']['describe']}); "
         f"{data['held_out_rows']:,} held out.\n\n"
-        f"Seeds {', '.join(map(str, settings.run.seeds))}. Took {seconds:.0f} s. "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        f"Seeds {', '.join(map(str, settings.run.seeds))}. All jobs together took {seconds:.0f} s. "
+        + ", ".join(f"{name} {version}" for name, version in versions().items())
         + "."
     )
     folder.root.mkdir(parents=True, exist_ok=True)
@@ -53,13 +52,18 @@ def write_report(
                 {"arm": name, "expected": expected, "got": got} for name, expected, got in harness_check(results)
             ],
             "seconds": seconds,
-            "versions": versions,
+            "versions": versions(),
         },
     )
     problems = len(results[0].outcomes)
     subtitle = f"{problems} held-out problems, {len(settings.run.seeds)} seed(s), {settings.run.model_name_or_path}"
     plot_results(results, folder.root / "report.png", subtitle)
     return text
+
+
+def versions() -> dict[str, str]:
+    """The versions that were used."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {"resa-hf": __version__}
 
 
 def as_plain(settings: RunSettings) -> dict[str, Any]:
@@ -126,7 +130,11 @@ def _reading(settings: RunSettings, results: list[ArmResult]) -> str:
             f"These are verdicts on {subject}, not on the method: differences are paired by problem ({problems} "
             f"problems). {SEEDS_FOR_THE_METHOD} seeds or more make a statement about the method."
         )
-    correction = "" if len(results) < 3 else f" p values carry Holm's correction for {len(results) - 1} comparisons."
+    correction = (
+        ""
+        if len(results) < 3
+        else f" p values of differences carry Holm's correction for {len(results) - 1} comparisons."
+    )
     lines = [
         f"- {result.verdict.sentence}." + (f" It is {result.controls}." if result.controls else "")
         for result in results

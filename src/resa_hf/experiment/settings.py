@@ -88,7 +88,7 @@ class Arm:
         known (`str`, *optional*):
             Not trained, but made so that the verdict is known: `"zero_adapter"`, `"svd_of_source"`, `"weight_noise"`.
         tuning (`dict`):
-            What is different in `stage2`.
+            What is different in `stage2`, and only that.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Arm:
     @property
     def is_control(self) -> bool:
         """Whether something stands in for the SAE."""
-        return self.tuning.get("control") not in (None, "none")
+        return self.tuning.get("control") is not None
 
     def is_control_of(self, other: "Arm") -> bool:
         """Whether this arm is the other one but for what stands in for the SAE."""
@@ -145,8 +145,6 @@ def _check_arm(arm: Arm, run: RunArguments) -> None:
         raise ValueError(f"Arm {arm.name!r} wants the pretrained SAE, but `sae` is not set.")
     if arm.sae_from in ("source", "base") and run.sae is not None:
         raise ValueError(f"Arm {arm.name!r} wants an SAE of the {arm.sae_from}, but `sae` names a pretrained one.")
-    if arm.tuning.get("kl_reference") == "source" and not run.has_source:
-        raise ValueError(f"Arm {arm.name!r}: kl_reference: source needs a source model that is not the target.")
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,20 @@
 """The two stages of a run and its answers, each written to the run's folder and skipped if it is there already."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation.engine import Sampling, answer
 from ..models import load_causal_lm, load_tokenizer
+from ..precision import runnable_device
 from ..sae.config import SAETrainingConfig
 from ..sae.trainer import SAETrainer
 from ..tuning.config import SAETuningConfig
@@ -54,6 +56,7 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
     quality = trainer.evaluate()
     trainer.save_model(str(target))
     write_json(target / STAGE1, {"seconds": seconds, "quality": quality, "log": trainer.state.log_history})
+    shutil.rmtree(target / "run", ignore_errors=True)  # checkpoints of what is finished
 
 
 def run_arm(folder: RunFolder, settings: RunSettings, arm: Arm, rate: float | None, seed: int, split: str) -> None:
@@ -66,6 +69,8 @@ def run_arm(folder: RunFolder, settings: RunSettings, arm: Arm, rate: float | No
     if not wanted and (rate is None or (place / TUNING).is_file()):
         return
     model = _arm_model(folder, settings, arm, rate, seed)
+    # Every arm answers on one device, or the same seed would not mean the same draws.
+    torch.nn.Module.to(model, runnable_device(bool(settings.stage2.get("use_cpu", False))))
     tokenizer = load_tokenizer(settings.run.model_name_or_path, revision=settings.run.model_revision)
     questions = read_json(folder.data("questions.json"))[split]
     for name, temperature in wanted.items():
@@ -136,6 +141,7 @@ def _tune(
         "log": history,
     }
     write_json(place / TUNING, report)
+    shutil.rmtree(place / "run", ignore_errors=True)  # checkpoints of what is finished
     tuned: PeftModel = trainer.model  # type: ignore[assignment]  # the trainer made it one
     return tuned
 
@@ -147,18 +153,23 @@ def _sae_of(folder: RunFolder, settings: RunSettings, arm: Arm, seed: int) -> di
     if arm.sae_from == "pretrained":
         return {"sae": run.sae, "sae_id": run.sae_id, "sae_revision": run.sae_revision}
     source = arm.sae_from if run.has_source else "source"
-    return {"sae": str(folder.sae(source, seed)), "sae_id": settings.stage2.get("sae_id")}
+    sae_id = {**settings.stage2, **arm.tuning}.get("sae_id")
+    return {"sae": str(folder.sae(source, seed)), "sae_id": sae_id}
 
 
 def train_from_last_checkpoint(trainer: Trainer) -> float:
     """Trains, from the last checkpoint if there is one; returns the seconds."""
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    output = Path(str(trainer.args.output_dir))
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(Path(str(trainer.args.output_dir))))
     return time.perf_counter() - started
+
+
+def _last_whole_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that was written to its end: Trainer writes trainer_state.json last."""
+    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def _write_answers(path: Path, questions: list[dict[str, str]], outcomes: Any, seconds: float) -> None:

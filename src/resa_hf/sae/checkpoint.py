@@ -179,7 +179,7 @@ def _listed(found: list[str]) -> str:
 
 
 def _only_sae(name: str, found: list[str]) -> str:
-    usual = [folder for folder in found if not re.match(r"checkpoint-\d+(/|$)", folder)]
+    usual = [folder for folder in found if not re.search(r"(^|/)checkpoint-\d+(/|$)", folder)]
     if len(usual) == 1:
         return usual[0]
     if not usual:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import IncompatibleSAEError
-from ..hookpoints import backbone, capture, decoder_layers, hidden_states, hooked_module, resolve_hookpoint
+from ..hookpoints import backbone, capture, decoder_layers, hooked_module, resolve_hookpoint
 from ..modes import evaluating
 from ..sae.checkpoint import load_sae
 from .config import SAETuningConfig
@@ -110,11 +110,16 @@ def _try(model: nn.Module, module: nn.Module, hookpoint: str) -> bool:
             inner(input_ids=tokens, use_cache=False)
     finally:
         handle.remove()
-    width = hidden_states(activations[hookpoint]).shape[-1]
+    width = activations[hookpoint].shape[-1]
     if isinstance(module, DescribedSAE) and module.d_in != width:
         raise IncompatibleSAEError(
             f"The SAE takes activations of width {module.d_in}, but those of {hookpoint!r} have width {width}: "
             "it was trained on another model, or on another kind of hookpoint."
+        )
+    out = module(activations[hookpoint])
+    if out.shape != activations[hookpoint].shape:
+        raise IncompatibleSAEError(
+            f"The module maps {tuple(activations[hookpoint].shape)} to {tuple(out.shape)}; it must keep the shape."
         )
     return returns_tensor
 

@@ -1,5 +1,6 @@
 """Stage II: SAE-Tuning as a `trl.SFTTrainer` with another loss."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -85,7 +86,8 @@ class SAETuningTrainer(SFTTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
-        args = args or SAETuningConfig(output_dir="sae-tuning")
+        args = copy.copy(args) if args is not None else SAETuningConfig(output_dir="sae-tuning")
+        args._n_gpu = min(args.n_gpu, 1)  # nn.DataParallel would run its replicas with the first one's loss
         target = self._load_target(model, args)
         if isinstance(target, PeftModel) and target.active_peft_config.is_prompt_learning:
             raise ValueError(
@@ -134,12 +136,17 @@ class SAETuningTrainer(SFTTrainer):
             kwargs: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
             return load_causal_lm(model, **kwargs)
         if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
-            return model.merge_and_unload()
+            merged = model.merge_and_unload()
+            # What is trained on it does not fit the base alone, and its adapter_config.json must not say so.
+            merged.config._name_or_path = merged.name_or_path = f"{merged.name_or_path}+merged adapter"
+            return merged
         return model
 
     def _set_up_loss(self, source_model: str | PreTrainedModel | None) -> None:
         # The loss below is always divided by `num_items_in_batch`, whatever the signature of the model's forward.
         self.model_accepts_loss_kwargs = True
+        # Position 0 is never predicted, also where the Trainer does not know the architecture's loss (GPT-2).
+        self._loss_shifts_labels = True
         bare: PreTrainedModel = causal_lm(self.model)  # type: ignore[assignment]  # it is one, inside PEFT
         self._head: LMHead = frozen_head(bare)
         self._teacher_head = self._head
