@@ -27,7 +27,7 @@ def plot_results(results: list[ArmResult], path: Path, subtitle: str) -> None:
         )
         axes.scatter([100 * interval.estimate], [row], s=55, color=colour, edgecolor="white", zorder=4)
         words = "the untouched base" if result.verdict is None or result.difference is None else (
-            f"{result.verdict.word}  {100 * result.difference.estimate:+.1f}"
+            f"{result.verdict.word}, {100 * result.difference.estimate:+.1f} points"
         )  # fmt: skip
         axes.annotate(
             words, (1.01, row), xycoords=("axes fraction", "data"), va="center", color=colour, fontsize=9,

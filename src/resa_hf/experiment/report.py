@@ -56,7 +56,8 @@ def write_report(
         },
     )
     problems = len(results[0].outcomes)
-    subtitle = f"{problems} held-out problems, {len(settings.run.seeds)} seed(s), {settings.run.model_name_or_path}"
+    seeds = "1 seed" if len(settings.run.seeds) == 1 else f"{len(settings.run.seeds)} seeds"
+    subtitle = f"{problems} held-out problems, {seeds}, {settings.run.model_name_or_path}"
     plot_results(results, folder.root / "report.png", subtitle)
     return text
 
