@@ -1,6 +1,7 @@
 """Runs of Stage II: what is kept, saved, resumed and logged, the controls, and the settings."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tuning_reference import (
     tiny_sae,
 )
 
+from resa_hf.errors import IncompatibleSAEError
+from resa_hf.sae.checkpoint import save_sae
 from resa_hf.tuning.config import SAETuningConfig
 
 
@@ -171,3 +174,22 @@ def test_defaults_run_on_a_machine_without_an_accelerator():
     assert config.bf16 is (torch.accelerator.is_available() and torch.cuda.is_bf16_supported())
     assert (config.learning_rate, config.lr_scheduler_type, config.max_length) == (1e-6, "constant", 2048)
     assert config.packing and config.packing_strategy == "wrapped"
+
+
+def test_an_sae_given_twice_must_be_one(tmp_path):
+    save_sae(tiny_sae(torch.float32), tmp_path / "one")
+    save_sae(tiny_sae(torch.float32, seed=1), tmp_path / "other")
+    one = str(tmp_path / "one")
+    model = partial(tiny_model, dtype=torch.float32)
+    assert make_trainer(model(), tmp_path, sae=tiny_sae(torch.float32), args_sae=one)
+    with pytest.raises(ValueError, match="is not the one that its args name"):
+        make_trainer(model(), tmp_path, sae=tiny_sae(torch.float32, seed=1), args_sae=one)
+    with pytest.raises(ValueError, match="name one"):
+        make_trainer(model(), tmp_path, sae=str(tmp_path / "other"), args_sae=one)
+
+
+def test_a_module_that_does_not_keep_the_width_is_refused_before_training(tmp_path):
+    with pytest.raises(IncompatibleSAEError, match="it must keep the shape"):
+        make_trainer(tiny_model(), tmp_path, sae=torch.nn.Linear(32, 16).double(), hookpoint=1)
+    with pytest.raises(IncompatibleSAEError, match="does not say where it was trained"):
+        make_trainer(tiny_model(), tmp_path, sae=torch.nn.Linear(32, 32).double())

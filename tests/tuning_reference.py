@@ -63,7 +63,9 @@ def ragged_dataset():
     return Dataset.from_dict({"input_ids": rows})
 
 
-def make_trainer(model, tmp_path, sae=None, source_model=None, dataset=None, peft_config=None, **settings):
+def make_trainer(
+    model, tmp_path, sae=None, source_model=None, dataset=None, peft_config=None, args_sae=None, **settings
+):
     defaults = {
         "output_dir": str(tmp_path), "report_to": "none", "packing": False, "max_length": 12, "logging_steps": 1,
         "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True,
@@ -71,8 +73,8 @@ def make_trainer(model, tmp_path, sae=None, source_model=None, dataset=None, pef
     }  # fmt: skip
     dataset = dataset or Dataset.from_dict({"input_ids": batch_of(padded=False)["input_ids"].tolist()})
     return SAETuningTrainer(
-        model, SAETuningConfig(**defaults | settings), dataset, processing_class=build_tokenizer(), sae=sae,
-        source_model=source_model, peft_config=peft_config,
+        model, SAETuningConfig(**defaults | settings | {"sae": args_sae}), dataset,
+        processing_class=build_tokenizer(), sae=sae, source_model=source_model, peft_config=peft_config,
     )  # fmt: skip
 
 
