@@ -20,6 +20,7 @@ from tuning_reference import (
 from resa_hf.errors import IncompatibleSAEError
 from resa_hf.sae.checkpoint import save_sae
 from resa_hf.tuning.config import SAETuningConfig
+from resa_hf.tuning.fit import place_sae, warn_of_mismatch
 
 
 def test_base_and_sae_never_change_and_the_adapter_loads_without_us(tmp_path):
@@ -193,3 +194,19 @@ def test_a_module_that_does_not_keep_the_width_is_refused_before_training(tmp_pa
         make_trainer(tiny_model(), tmp_path, sae=torch.nn.Linear(32, 16).double(), hookpoint=1)
     with pytest.raises(IncompatibleSAEError, match="does not say where it was trained"):
         make_trainer(tiny_model(), tmp_path, sae=torch.nn.Linear(32, 32).double())
+
+
+def test_an_sae_on_another_device_than_the_model_is_tried_there():
+    # As with a model on a GPU and an SAE just read from disk; the trainer moves it afterwards.
+    module = torch.nn.Linear(32, 32, dtype=torch.float64, device="meta")
+    placed = place_sae(tiny_model(), SAETuningConfig(output_dir="x", hookpoint=1), module)
+    assert placed.hookpoint == "layers.1"
+
+
+def test_fvu_of_a_mismatch_is_that_of_the_formula(tmp_path):
+    sae, model, ids = tiny_sae(hookpoint="layers.1"), tiny_model(), batch_of()["input_ids"]
+    placed = place_sae(model, SAETuningConfig(output_dir="x", hookpoint=2, allow_hookpoint_mismatch=True), sae)
+    x = model(ids, output_hidden_states=True).hidden_states[3].flatten(0, 1)
+    fvu = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    with pytest.warns(UserWarning, match=rf"its FVU is {fvu.item():.3f} "):
+        warn_of_mismatch(model, placed, {"input_ids": ids})

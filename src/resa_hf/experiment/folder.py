@@ -36,15 +36,20 @@ class RunFolder:
         return self.root / "arms" / arm.slug / ("untrained" if rate is None else rate_name(rate)) / f"seed-{seed}"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that is either whole or not there."""
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with draft.open("w") as file:
-        json.dump(content, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that is either whole or not there."""
+    write_whole(path, json.dumps(content, indent=1))
 
 
 def read_json(path: Path) -> Any:

@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
-from ..evaluation.engine import Sampling, answer
+from ..evaluation.engine import Outcomes, Sampling, answer
 from ..models import load_causal_lm, load_tokenizer
 from ..precision import runnable_device
 from ..sae.config import SAETrainingConfig
 from ..sae.trainer import SAETrainer
 from ..tuning.config import SAETuningConfig
 from ..tuning.trainer import SAETuningTrainer
-from .folder import BASE, RunFolder, read_json, write_json
+from .folder import BASE, RunFolder, read_json, write_json, write_whole
 from .known import make_known
 from .settings import Arm, RunArguments, RunSettings
 
@@ -73,13 +73,13 @@ def run_arm(folder: RunFolder, settings: RunSettings, arm: Arm, rate: float | No
     torch.nn.Module.to(model, runnable_device(bool(settings.stage2.get("use_cpu", False))))
     tokenizer = load_tokenizer(settings.run.model_name_or_path, revision=settings.run.model_revision)
     questions = read_json(folder.data("questions.json"))[split]
+    prompts, golds = ([question[key] for question in questions] for key in ("prompt", "answer"))
     for name, temperature in wanted.items():
         sampling = Sampling(
             **{**vars(settings.sampling), "temperature": temperature, "seed": settings.sampling.seed + seed}
             | ({"samples": 1} if temperature == 0 else {})
         )
         started = time.perf_counter()
-        prompts, golds = ([question[key] for question in questions] for key in ("prompt", "answer"))
         outcomes = answer(model, tokenizer, prompts, golds, sampling)
         _write_answers(place / name, questions, outcomes, time.perf_counter() - started)
 
@@ -172,20 +172,13 @@ def _last_whole_checkpoint(output: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
-def _write_answers(path: Path, questions: list[dict[str, str]], outcomes: Any, seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")
-    with draft.open("w") as file:
-        file.write(json.dumps({"seconds": seconds}) + "\n")
-        for i, question in enumerate(questions):
-            row = {
-                "problem": question["problem"],
-                "answer": question["answer"],
-                "completions": outcomes.completions[i],
-            }
-            row |= {key: getattr(outcomes, key)[i].tolist() for key in ("correct", "lengths", "truncated")}
-            file.write(json.dumps(row) + "\n")
-    draft.replace(path)
+def _write_answers(path: Path, questions: list[dict[str, str]], outcomes: Outcomes, seconds: float) -> None:
+    rows: list[dict[str, Any]] = [{"seconds": seconds}]
+    for i, question in enumerate(questions):
+        row = {"problem": question["problem"], "answer": question["answer"], "completions": outcomes.completions[i]}
+        arrays = {key: getattr(outcomes, key)[i].tolist() for key in ("correct", "lengths", "truncated")}
+        rows.append({**row, **arrays})
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_answers(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..hookpoints import backbone, capture, decoder_layers, hooked_module, resol
 from ..modes import evaluating
 from ..sae.checkpoint import load_sae
 from .config import SAETuningConfig
+from .insertion import fvu_of, fvu_sums
 
 
 @runtime_checkable
@@ -110,17 +111,18 @@ def _try(model: nn.Module, module: nn.Module, hookpoint: str) -> bool:
             inner(input_ids=tokens, use_cache=False)
     finally:
         handle.remove()
-    width = activations[hookpoint].shape[-1]
+    x = activations[hookpoint]
+    width = x.shape[-1]
     if isinstance(module, DescribedSAE) and module.d_in != width:
         raise IncompatibleSAEError(
             f"The SAE takes activations of width {module.d_in}, but those of {hookpoint!r} have width {width}: "
             "it was trained on another model, or on another kind of hookpoint."
         )
-    out = module(activations[hookpoint])
-    if out.shape != activations[hookpoint].shape:
-        raise IncompatibleSAEError(
-            f"The module maps {tuple(activations[hookpoint].shape)} to {tuple(out.shape)}; it must keep the shape."
-        )
+    # The trainer moves the module to the model's device later.
+    parameter = next(module.parameters(), x)
+    out = module(x.to(parameter.device))
+    if out.shape != x.shape:
+        raise IncompatibleSAEError(f"The module maps {tuple(x.shape)} to {tuple(out.shape)}; it must keep the shape.")
     return returns_tensor
 
 
@@ -129,8 +131,8 @@ def warn_of_mismatch(model: nn.Module, placed: PlacedSAE, batch: dict[str, Any])
     """Warns with the FVU of the SAE at a hookpoint that is not its own, measured on a batch."""
     with evaluating(model), capture(model, [placed.hookpoint], stop_after_last=True) as activations:
         model(**batch)
-    x = activations[placed.hookpoint].flatten(0, -2)
-    fvu = (x - placed.module(x)).square().sum() / (x - x.mean(0)).square().sum()
+    x = activations[placed.hookpoint]
+    fvu = fvu_of(fvu_sums(x, placed.module(x), torch.ones_like(x[..., 0], dtype=torch.bool)))
     warnings.warn(
         f"The SAE was trained on {placed.mismatch!r} but is spliced into {placed.hookpoint!r}, where its FVU is "
         f"{fvu:.3f} (1 is no better than the mean activation).",

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..sae.totals import wide_dtype
+
 
 class Insertion(nn.Module):
     """A frozen module at the hookpoint, with the switches of one training step.
@@ -58,7 +60,7 @@ class Insertion(nn.Module):
             y = torch.where(self._untouched.unsqueeze(-1), x, y)
         if self._measured is not None:
             counted, sums = self._measured
-            sums.append(_fvu_sums(x.detach(), y.detach(), counted))
+            sums.append(fvu_sums(x.detach(), y.detach(), counted))
             self._measured = None  # gradient checkpointing may run this again in the backward
         if self.stop_gradient and torch.is_grad_enabled():
             # Reentrant gradient checkpointing gives no gradient at all above a state that does not ask for one.
@@ -66,15 +68,21 @@ class Insertion(nn.Module):
         return y
 
 
-def _fvu_sums(x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """`[d_in + 3]`: squared error, sum of squares, number of positions, sum of x; additive over batches."""
-    x, y = x[counted].double(), y[counted].double()
-    scalars = torch.stack([(x - y).square().sum(), x.square().sum(), counted.sum().double()])
+def fvu_sums(x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """`[d_in + 3]`: squared error, sum of squares, number of positions, sum of x; additive over batches.
+
+    Args:
+        x, y (`torch.Tensor`): activations and what they are replaced by, `[batch, tokens, d_in]`.
+        counted (`torch.Tensor`): the positions to count, `[batch, tokens]`, bool.
+    """
+    wide = wide_dtype(x.device)
+    x, y = x[counted].to(wide), y[counted].to(wide)
+    scalars = torch.stack([(x - y).square().sum(), x.square().sum(), counted.sum().to(wide)])
     return torch.cat([scalars, x.sum(0)])
 
 
 def fvu_of(sums: torch.Tensor) -> float:
-    """Fraction of variance unexplained from the added-up sums of `Insertion.measuring`."""
+    """Fraction of variance unexplained from added-up `fvu_sums`."""
     error, squares, count = sums[:3].tolist()
     variance = squares - float(sums[3:].square().sum()) / max(count, 1)
     return error / variance if variance > 0 else float("nan")

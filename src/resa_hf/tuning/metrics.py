@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..hookpoints import decoder_layers
+from ..sae.totals import wide_dtype
 from .insertion import fvu_of
 
 QUANTILES = (0.5, 0.9, 0.99)
@@ -35,9 +36,8 @@ class StepMetrics:
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         sums = [divergence.sum(), entropy.sum(), max(divergence.numel(), entropy.numel()), tokens]
-        self._sums.append(
-            torch.stack([torch.as_tensor(x, dtype=torch.float64, device=divergence.device) for x in sums])
-        )
+        device = divergence.device
+        self._sums.append(torch.stack([torch.as_tensor(x, dtype=wide_dtype(device), device=device) for x in sums]))
         if first_step and divergence.numel():
             self._initial.append(self._sums[-1][[0, 2]])
         if divergence.numel():
