@@ -19,3 +19,7 @@ class DataError(ValueError):
 
 class JobError(ValueError):
     """A job of a run failed; the message names it. What other jobs have finished is kept."""
+
+
+class PublishError(ValueError):
+    """Something that cannot be published as it is; nothing of it is on the Hub then, unless the message says so."""
