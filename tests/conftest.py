@@ -13,13 +13,14 @@ os.environ |= {
     "MPLBACKEND": "Agg",
 }
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from hub_server import HubServer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ModelFactory = Callable[..., "PreTrainedModel"]
@@ -89,3 +90,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("set RESA_SHARED_DATA to the folder with the real benchmarks")
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[HubServer]":
+    """A local Hub; this process is online, uses it and its owner's token, and has an empty cache."""
+    from hub_client import point_clients_at
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        point_clients_at(server, tmp_path / "hf_home", monkeypatch)
+        yield server
