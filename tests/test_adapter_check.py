@@ -1,16 +1,15 @@
-"""Adapters that do nothing, something else than they say, or belong elsewhere."""
+"""Adapters that do nothing, or something else than they say."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 
 from resa_hf.errors import IncompatibleAdapterError
-from resa_hf.evaluation.adapter_check import check_adapter, check_fits, check_served_adapter
+from resa_hf.evaluation.adapter_check import check_adapter, check_served_adapter
 from resa_hf.text import evaluation_prompt
 from resa_hf.tiny import load_tiny_base, load_tiny_source, tiny_path
 from resa_hf.tiny.task import make_rows
@@ -110,35 +109,6 @@ def test_an_adapter_that_acts_otherwise_than_merged_is_refused(tiny_tokenizer, p
     monkeypatch.setattr(Linear, "forward", lambda self, x, *args, **kwargs: stock(self, 1.02 * x, *args, **kwargs))
     with pytest.raises(IncompatibleAdapterError, match="does not act as its weights say"):
         check_adapter(model, tiny_tokenizer, prompts)
-
-
-def test_adapters_that_fit(tiny_base, adapter):
-    check_fits(tiny_base, str(adapter))
-
-
-def test_an_adapter_for_a_wider_base_names_its_first_tensor(make_model, tiny_base, tmp_path):
-    wide = make_model("qwen2", hidden_size=64, num_hidden_layers=4)
-    get_peft_model(wide, LoraConfig(r=2, target_modules=["q_proj", "up_proj"])).save_pretrained(tmp_path)
-    first = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
-    with (
-        pytest.warns(UserWarning, match="was trained on"),
-        pytest.raises(IncompatibleAdapterError, match=rf"{first} is \[2, 64\] in the adapter and \[2, 128\]"),
-    ):
-        check_fits(tiny_base, str(tmp_path))
-
-
-def test_an_adapter_with_a_tensor_too_few_or_for_other_modules(tiny_base, adapter):
-    tensors = load_file(adapter / FILE)
-    lost = "base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"
-    del tensors[lost]
-    save_file(tensors, adapter / FILE)
-    # PEFT would leave it at zero.
-    with pytest.raises(IncompatibleAdapterError, match=rf"{lost} is missing in the adapter"):
-        check_fits(tiny_base, str(adapter))
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {"target_modules": ["c_attn"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(IncompatibleAdapterError, match="does not fit .*c_attn"):
-        check_fits(tiny_base, str(adapter))
 
 
 class Served:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bombs import Bomb
 from sae_files import D_IN, LATENTS, edit, make_sae, write_sparsify
 from safetensors.torch import load_file
 
@@ -69,7 +70,7 @@ CASES = {
     "nan": r"(W_enc|encoder\.weight) has 1 entries that are NaN",
     "inf": "b_dec has 8 entries that are NaN or infinite",
     "shape": rf"W_dec has shape \[{D_IN}, {LATENTS}\].*\[{LATENTS}, {D_IN}\]",
-    "dtype": "b_dec has dtype torch.int32",
+    "dtype": "b_dec has dtype I32, not one of F64",
     "missing tensor": "lacks the tensor W_dec",
     "extra tensor": "unexpected tensor W_skip",
     "no weights": "neither",
@@ -131,16 +132,6 @@ def test_other_coders_of_sae_lens_are_refused(tmp_path: Path, changes: dict[str,
     edit(tmp_path / "cfg.json", **changes)
     with pytest.raises(IncompatibleSAEError, match=message):
         load_sae(tmp_path)
-
-
-class Bomb:
-    """Unpickled, it leaves a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("name", ["sae.pt", "sae_weights.pt", "sae_weights.safetensors", "sae.safetensors"])

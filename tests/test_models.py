@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken
+from transformers import Qwen2Tokenizer
 
 from resa_hf.models import check_same_vocabulary, load_causal_lm, load_tokenizer
 from resa_hf.precision import runnable_precision
@@ -83,6 +84,10 @@ def test_tokenizers_that_differ_name_the_first_token():
     other.add_tokens([AddedToken("<extra>")])
     with pytest.raises(ValueError, match=r"'<extra>' is missing in .* and 56 in"):
         check_same_vocabulary(one, other)
+    check_same_vocabulary(one, other, added=False)
+    shifted = Qwen2Tokenizer(vocab={"0": 0, "1": 1}, merges=[])
+    with pytest.raises(ValueError, match=r"'0' is 7 in .* and 0 in"):
+        check_same_vocabulary(one, shifted, added=False)
 
 
 @pytest.mark.parametrize("asked", [None, False, True])

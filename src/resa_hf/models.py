@@ -3,22 +3,18 @@
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .tiny import tiny_path
-
-TINY_PREFIX = "resa_hf/tiny/"
-
-
-def local_name(name: str) -> str:
-    """The folder behind `resa_hf/tiny/base` and `resa_hf/tiny/source`, which ship here; other names unchanged."""
-    if name == f"{TINY_PREFIX}base":
-        return str(tiny_path("base"))
-    if name == f"{TINY_PREFIX}source":
-        return str(tiny_path("source"))
-    return name
+from .errors import IncompatibleAdapterError
+from .hub.adapters import base_of_adapter, load_reasoning_adapter
+from .places import Place, parse_place
 
 
 def load_causal_lm(
@@ -32,61 +28,86 @@ def load_causal_lm(
 
     Args:
         name (`str`):
-            Hub repo, folder, or `resa_hf/tiny/base` and `resa_hf/tiny/source`. May be an adapter's repo or folder: its
-            base is then loaded by the name in its adapter_config.json (that is how Tina's checkpoints come).
+            Hub repo, folder, or `resa_hf/tiny/base` and `resa_hf/tiny/source`; see [`~resa_hf.places.parse_place`].
+            May be an adapter's: its base is then loaded by the name in its adapter_config.json (that is how Tina's
+            checkpoints come, `owner/name@revision/checkpoint-2000`).
         adapter (`str`, *optional*):
-            Repo or folder of an adapter for `name`.
+            An adapter for `name`, named in the same way.
         revision (`str`, *optional*):
-            Revision of `name`.
+            Revision of `name`; folders have none.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
             Of the weights; `"auto"` as stored.
 
     Raises:
         `OSError`: if there is no such model; the message names it.
+        `IncompatibleAdapterError`: for an adapter that [`~resa_hf.hub.adapters.load_reasoning_adapter`] refuses.
     """
     try:
-        merged = _load_merged(local_name(name), adapter, revision, dtype)
+        *adapters, base = _chain(_place(name, revision))
+        model = AutoModelForCausalLM.from_pretrained(
+            base.name,
+            revision=base.revision,
+            subfolder=base.subfolder or "",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        for upper in (*map(str, reversed(adapters)), *([] if adapter is None else [adapter])):
+            model = load_reasoning_adapter(model, upper).merge_and_unload()
     except OSError as error:
         raise OSError(
             f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {error}"
         ) from error
-    if adapter is not None or _is_adapter(local_name(name), revision):
+    if adapters or adapter is not None:
         # What is trained on it does not fit the base alone, and its adapter_config.json must not say so.
-        merged.config._name_or_path = merged.name_or_path = name if adapter is None else f"{name}+{adapter}"
-    return merged
+        model.config._name_or_path = model.name_or_path = name if adapter is None else f"{name}+{adapter}"
+    return model
 
 
-def _load_merged(folder: str, adapter: str | None, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
-    if adapter is None and _is_adapter(folder, revision):
-        config = PeftConfig.from_pretrained(folder, revision=revision)
-        base = load_causal_lm(str(config.base_model_name_or_path), dtype=dtype)
-        merged = PeftModel.from_pretrained(base, folder, revision=revision).merge_and_unload()
-    else:
-        merged = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, use_safetensors=True)
-        if adapter is not None:
-            merged = PeftModel.from_pretrained(merged, local_name(adapter)).merge_and_unload()
-    return merged
+def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model that `load_causal_lm` takes; an adapter's is that of its base."""
+    base = _chain(_place(name, revision))[-1]
+    return AutoConfig.from_pretrained(
+        base.name, revision=base.revision, subfolder=base.subfolder or "", trust_remote_code=False
+    )
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model that `load_causal_lm` takes; an `OSError` names the model."""
-    folder = local_name(name)
     try:
-        if _is_adapter(folder, revision) and not (Path(folder) / "tokenizer_config.json").is_file():
-            return load_tokenizer(str(PeftConfig.from_pretrained(folder, revision=revision).base_model_name_or_path))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, revision=revision)
+        *adapters, base = _chain(_place(name, revision))
+        with_files = (at for at in adapters if Path(at.name, at.subfolder or "", "tokenizer_config.json").is_file())
+        place = next(with_files, base)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place.name, revision=place.revision, subfolder=place.subfolder or "", trust_remote_code=False
+        )
     except OSError as error:
         raise OSError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     return tokenizer
 
 
-def _is_adapter(folder: str, revision: str | None) -> bool:
-    return find_adapter_config_file(folder, revision=revision) is not None
+def _place(name: str, revision: str | None) -> Place:
+    place = parse_place(name)
+    return place if place.is_folder else parse_place(name, revision=revision)
 
 
-def check_same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
-    """Raises a `ValueError` that names the first token on which two tokenizers differ."""
-    left, right = one.get_vocab(), other.get_vocab()
+def _chain(place: Place) -> list[Place]:
+    """The place, and if it is an adapter's its base, which may be another adapter's, and so on."""
+    chain = [place]
+    while (base := base_of_adapter(chain[-1])) is not None:
+        if base in chain:
+            raise IncompatibleAdapterError(f"The adapter {str(place)!r} ends up on itself: {base} is its own base.")
+        chain.append(base)
+    return chain
+
+
+def check_same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, added: bool = True) -> None:
+    """Raises a `ValueError` that names the first token on which two tokenizers differ.
+
+    With `added=False` the tokens added behind the vocabulary, special ones and tags, may differ, as they do between
+    siblings such as Qwen2.5-Math-1.5B and DeepSeek-R1-Distill-Qwen-1.5B.
+    """
+    left, right = (_vocabulary(tokenizer, added) for tokenizer in (one, other))
     if left == right:
         return
     token = min(
@@ -97,3 +118,8 @@ def check_same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokeniz
         f"The tokenizers differ: {token!r} is {left.get(token, 'missing')} in {one.name_or_path!r} and "
         f"{right.get(token, 'missing')} in {other.name_or_path!r}. Teacher and student must share one vocabulary."
     )
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, added: bool) -> dict[str, int]:
+    left_out = {} if added else tokenizer.get_added_vocab()
+    return {token: index for token, index in tokenizer.get_vocab().items() if token not in left_out}

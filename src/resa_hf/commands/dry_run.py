@@ -5,16 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
 
 from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
 from ..evaluation.arguments import EvaluateArguments
 from ..experiment.report import as_plain
 from ..experiment.settings import RunSettings
-from ..models import local_name
+from ..models import load_config
 from ..sae.config import SAETrainingConfig
 from ..tuning.config import SAETuningConfig
 
@@ -94,10 +92,7 @@ def _loaded(model: ModelArguments, data: DataArguments, *others: str | None) -> 
 
 def _shape(model: ModelArguments) -> tuple[PreTrainedModel, torch.dtype]:
     """The model without its weights, and the dtype that they would have."""
-    folder = local_name(model.model_name_or_path)
-    if find_adapter_config_file(folder, revision=model.model_revision) is not None:
-        folder = local_name(str(PeftConfig.from_pretrained(folder).base_model_name_or_path))
-    config = AutoConfig.from_pretrained(folder, revision=model.model_revision)
+    config: Any = load_config(model.model_name_or_path, revision=model.model_revision)
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(config)
     stored = config.dtype or torch.float32

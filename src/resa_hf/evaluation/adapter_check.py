@@ -8,11 +8,9 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -86,39 +84,6 @@ def check_adapter(
     return check
 
 
-def check_fits(model: PreTrainedModel, adapter: str) -> None:
-    """Checks that an adapter's tensors belong to a base, before PEFT loads it and leaves out what does not.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The base, without adapters.
-        adapter (`str`):
-            Folder or Hub repo of a LoRA adapter. If it names another base, that is a warning: siblings may share one.
-
-    Raises:
-        `IncompatibleAdapterError`: if not; the message names the first tensor that does not fit.
-    """
-    config = PeftConfig.from_pretrained(adapter)
-    trained_on, given = str(config.base_model_name_or_path), str(model.name_or_path)
-    if Path(trained_on).name != Path(given).name:
-        warnings.warn(f"Adapter {adapter!r} was trained on {trained_on!r}, and is put on {given!r}.", stacklevel=2)
-    config.base_model_name_or_path = given  # or PEFT warns too, of any other spelling
-    with torch.device("meta"):
-        empty = type(model)(copy.deepcopy(model.config))
-    try:
-        wanted = get_peft_model_state_dict(get_peft_model(empty, config, low_cpu_mem_usage=True))
-    except ValueError as error:
-        raise IncompatibleAdapterError(f"Adapter {adapter!r} does not fit {given!r}: {error}") from error
-    found = load_peft_weights(adapter, device="cpu")
-    for name in sorted(wanted.keys() | found.keys()):
-        there, here = _shape(found.get(name)), _shape(wanted.get(name))
-        if there != here:
-            raise IncompatibleAdapterError(
-                f"Adapter {adapter!r} (of {trained_on!r}) does not fit {given!r}: {name} is {there} in the adapter "
-                f"and {here} for this model."
-            )
-
-
 def check_served_adapter(
     base: ServerEngine, adapter: ServerEngine, prompts: Sequence[str], *, max_new_tokens: int = 64
 ) -> None:
@@ -162,7 +127,3 @@ def _logits(
 
 def _largest(some: list[Tensor], other: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(some, other, strict=True))
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(list(tensor.shape))

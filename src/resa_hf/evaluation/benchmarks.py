@@ -17,8 +17,8 @@ from typing import Any, Literal
 import datasets
 from datasets.exceptions import DatasetsError
 
-from ..data import SUFFIXES, read_file
 from ..errors import DataError
+from ..sources import SUFFIXES, gated_message, is_gated, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def load_benchmark(name: str) -> datasets.Dataset:
     benchmark = BENCHMARKS[name]
     folder = os.environ.get(DATA_DIR)
     source = str(_local_file(Path(folder).expanduser(), name)) if folder else benchmark.repo
-    rows = read_file(Path(source))[0] if folder else _hub_rows(benchmark)
+    rows = read_file(Path(source)).rows if folder else _hub_rows(benchmark)
     read = _gpqa_row if benchmark.kind == "choice" else _maths_row
     try:
         dataset = datasets.Dataset.from_list([read(row) for row in rows])
@@ -133,19 +133,6 @@ def fingerprint(dataset: datasets.Dataset) -> str:
     """SHA-256 of the problems, whatever their order; of their lower-case letters and digits, so that mirrors agree."""
     texts = sorted(re.sub(r"[^a-z0-9]", "", problem.lower()) for problem in dataset["problem"])
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-def gated_message(repo: str) -> str:
-    """What to do about a gated dataset without access."""
-    return (
-        f"{repo} is a gated dataset, and this account has no access to it. "
-        f"Accept its terms at https://huggingface.co/datasets/{repo}, then log in with `hf auth login`."
-    )
-
-
-def is_gated(error: Exception) -> bool:
-    """Whether a dataset could not be loaded because it is gated; datasets 5 says so in its message only."""
-    return "is a gated dataset" in str(error)
 
 
 def _local_file(folder: Path, name: str) -> Path:

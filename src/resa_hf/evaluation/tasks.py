@@ -38,9 +38,10 @@ from lighteval.tasks.requests import Doc, SamplingMethod
 from lighteval.tasks.tasks.aime import MATH_PROMPT_TEMPLATE
 from lighteval.tasks.tasks.gpqa import gpqa_instruct_prompt
 
-from ..data import PRESETS, SUFFIXES, TINY, load_qa
+from ..data import PRESETS, TINY, load_qa
 from ..errors import DataError
-from .benchmarks import BENCHMARKS, FileTasks, Kind, gated_message, is_gated, load_benchmark
+from ..sources import SUFFIXES
+from .benchmarks import BENCHMARKS, FileTasks, Kind, load_benchmark
 from .scoring import score
 
 logger = logging.getLogger(__name__)
@@ -161,12 +162,7 @@ def task_from_file(source: str | Path, files: FileTasks = FileTasks()) -> Lighte
 
 
 def _load_file(source: str | Path, files: FileTasks) -> datasets.Dataset:
-    try:
-        rows, report = load_qa(source, question_column=files.question_column, answer_column=files.answer_column)
-    except DataError as error:
-        if is_gated(error):
-            raise DataError(gated_message(str(source))) from error
-        raise
+    rows, report = load_qa(source, question_column=files.question_column, answer_column=files.answer_column)
     if report.kept < report.rows_read:
         logger.warning("%s: %s", source, report.describe())
     return rows

@@ -13,21 +13,22 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
-from ..evaluation.adapter_check import check_adapter, check_fits
+from ..evaluation.adapter_check import check_adapter
 from ..evaluation.engine import Outcomes, Sampling, answer
 from ..evaluation.in_process import TransformersEngine, weights_digest
 from ..evaluation.movement import movement
 from ..evaluation.store import stored_seconds
+from ..hub.adapters import load_reasoning_adapter
 from ..precision import runnable_device
 from .arms import BASE, Arm, Candidate
 from .folder import RunFolder, read_json, write_json, write_whole
 from .known import make_known, with_noise
-from .loading import load_answering, load_answering_tokenizer, load_source, load_target
+from .loading import answering_revisions, load_answering, load_answering_tokenizer, load_source, load_target
 from .settings import RunArguments, RunSettings
 from .stages import ADAPTER, tune
 
 SELECTION, HELD_OUT, GREEDY = "selection", "held_out", "greedy"
-MOVEMENT, WEIGHTS = "movement.json", "weights.json"
+MOVEMENT, WEIGHTS, REVISIONS = "movement.json", "weights.json", "revisions.json"
 
 
 def run_arm(
@@ -53,6 +54,8 @@ def run_arm(
     tokenizer = load_answering_tokenizer(run)
     questions = read_json(folder.data("questions.json"))[split]
     model = _arm_model(folder, replace(settings, run=run), arm, candidate, seed)
+    if arm == BASE:
+        write_json(place / REVISIONS, answering_revisions(run))
     if arm.adapter is not None:
         _check_unchanged(place / WEIGHTS, arm, weights_digest(model))
     # Every arm answers on one device, or the same seed would not mean the same draws.
@@ -93,8 +96,7 @@ def _arm_model(
             torch.manual_seed(seed)  # of what PEFT draws for a new adapter
             made = make_known(arm.known, load_target(run), run.lora_config(), source, seed, trained)
         made.save_pretrained(adapter)
-    check_fits(model, adapter)
-    return PeftModel.from_pretrained(model, adapter)
+    return load_reasoning_adapter(model, adapter)
 
 
 def _check_unchanged(path: Path, arm: Arm, digest: dict[str, str]) -> None:

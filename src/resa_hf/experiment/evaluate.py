@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import PRESETS, TINY, load_questions
-from ..evaluation.adapter_check import check_adapter, check_fits, check_served_adapter
+from ..evaluation.adapter_check import check_adapter, check_served_adapter
 from ..evaluation.arguments import BASE, EvaluateArguments, slug
 from ..evaluation.contamination import OverlapReport, find_overlap
 from ..evaluation.engine import Engine
@@ -20,6 +20,7 @@ from ..evaluation.movement import movement
 from ..evaluation.pipeline import TaskResult, run_tasks
 from ..evaluation.server import ServerEngine
 from ..evaluation.tasks import task_rows
+from ..hub.adapters import load_reasoning_adapter
 from ..models import load_causal_lm, load_tokenizer
 from ..precision import runnable_device
 from .folder import claim
@@ -97,14 +98,10 @@ def _in_process(args: EvaluateArguments, folder: Path) -> list[Evaluated]:
     text = _answered(tokenizer, models[0])
     model: PreTrainedModel | PeftModel = base
     for name, place in map(args.name_and_place, (*args.adapters, *args.controls)):
-        check_fits(base, place)
         # PEFT refuses names that are also those of a module's attributes, such as `half`.
         inside = f"adapter-{slug(name)}"
-        if isinstance(model, PeftModel):
-            model.load_adapter(place, adapter_name=inside)
-        else:
-            model = PeftModel.from_pretrained(base, place, adapter_name=inside)
-        model.set_adapter(inside)
+        model = load_reasoning_adapter(model, place, name=inside)
+        model.set_adapter(inside, inference_mode=True)
         check_adapter(model, tokenizer, prompts[:2])
         moved = movement(model, text)
         engine = TransformersEngine(model, tokenizer, adapter=inside, name=name)

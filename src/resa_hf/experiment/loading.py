@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import load_causal_lm, load_tokenizer
+from ..provenance import Revisions, base_revisions, model_revisions
 from .settings import RunArguments
 
 
@@ -25,6 +26,13 @@ def load_answering(run: RunArguments) -> PreTrainedModel:
     if run.evaluate_on is None:
         return load_target(run)
     return load_causal_lm(run.evaluate_on, revision=run.evaluate_on_revision, dtype=run.dtype)
+
+
+def answering_revisions(run: RunArguments) -> Revisions:
+    """Its name and commit, once it is loaded."""
+    if run.evaluate_on is None:
+        return base_revisions(run)
+    return model_revisions("evaluate_on", run.evaluate_on, run.evaluate_on_revision)
 
 
 def load_answering_tokenizer(run: RunArguments) -> PreTrainedTokenizerBase:

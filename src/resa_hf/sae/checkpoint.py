@@ -5,25 +5,19 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import sae_lens
 import torch
 from huggingface_hub import HfApi, ModelInfo, constants, scan_cache_dir, snapshot_download
-from huggingface_hub.errors import (
-    CacheNotFound,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 
+from ..downloads import hub_errors
 from ..errors import IncompatibleSAEError
+from ..places import check_inside
 from .autoencoder import SAELensSAE, TopKSAE
 from .layouts import CONFIG_FILE, SAE_LENS_WEIGHTS, SPARSIFY_WEIGHTS, read_sae, sae_lens_hook_name
 
@@ -63,10 +57,13 @@ def load_sae(
         `IncompatibleSAEError`: if there is no such SAE, or several and no `sae_id`; if it is a transcoder; if a file
             is missing or corrupt; if a tensor has the wrong shape or dtype, or is not finite. The message names the
             file and the tensor.
+        `OSError`: if the Hub cannot be reached, or the disk is full; a rerun goes on from there.
     """
     name = os.fspath(name_or_path)
     if sae_id is not None:
-        sae_id = _checked_id(sae_id)
+        sae_id = _checked(sae_id, "sae_id")
+    if revision is not None:
+        _checked(revision, "revision")
     if Path(name).is_dir():
         if revision is not None:
             raise IncompatibleSAEError(f"revision {revision!r} is for Hub repositories, and {name!r} is a folder.")
@@ -79,7 +76,7 @@ def load_sae(
         sae_id = _only_sae(name, _local_saes(root))
     if not (root / sae_id).is_dir():
         raise IncompatibleSAEError(f"{name!r} has no folder {sae_id!r}. SAEs there: {_listed(_local_saes(root))}.")
-    return read_sae(root / sae_id).to(device=device, dtype=dtype)
+    return read_sae(root / sae_id, root).to(device=device, dtype=dtype)
 
 
 def list_saes(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> list[str]:
@@ -99,7 +96,7 @@ def list_saes(name_or_path: str | os.PathLike[str], *, revision: str | None = No
     name = os.fspath(name_or_path)
     if Path(name).is_dir():
         return sorted(_local_saes(Path(name)))
-    with _hub_errors(name, revision):
+    with hub_errors(name, revision, IncompatibleSAEError):
         if constants.HF_HUB_OFFLINE:
             return sorted(_local_saes(_cached_snapshot(name, revision)))
         return sorted(_hub_saes(HfApi().model_info(name, revision=revision)))
@@ -154,14 +151,11 @@ def _config(sae: TopKSAE | SAELensSAE) -> dict[str, Any]:
     return {**config, "dtype": str(dtype).removeprefix("torch."), "device": "cpu", "metadata": stored}
 
 
-def _checked_id(sae_id: str) -> str:
-    """The id as a clean relative path; refuses whatever would lead out of the folder."""
-    parts = PurePosixPath(sae_id).parts
-    if sae_id.startswith("/") or "\\" in sae_id or "\0" in sae_id or ":" in sae_id or ".." in parts:
-        raise IncompatibleSAEError(
-            f"sae_id {sae_id!r} must be a folder inside the repository or folder, such as 'layers.12'."
-        )
-    return PurePosixPath(*parts).as_posix()
+def _checked(path: str, what: str) -> str:
+    try:
+        return check_inside(path, what)
+    except ValueError as error:
+        raise IncompatibleSAEError(str(error)) from error
 
 
 def _local_saes(root: Path) -> list[str]:
@@ -179,7 +173,7 @@ def _listed(found: list[str]) -> str:
 
 
 def _only_sae(name: str, found: list[str]) -> str:
-    usual = [folder for folder in found if not re.search(r"(^|/)checkpoint-\d+(/|$)", folder)]
+    usual = [folder for folder in found if not re.search(r"(^|/)(checkpoint-\d+|published)(/|$)", folder)]
     if len(usual) == 1:
         return usual[0]
     if not usual:
@@ -193,7 +187,11 @@ def _hub_saes(info: ModelInfo) -> list[str]:
     """Folders of a repository that hold an SAE."""
     files = {PurePosixPath(sibling.rfilename) for sibling in info.siblings or []}
     folders = [path.parent for path in files if path.name == CONFIG_FILE]
-    return [folder.as_posix() for folder in folders if any(folder / name in files for name in _WEIGHTS)]
+    return [
+        _checked(folder.as_posix(), "the folder")
+        for folder in folders
+        if any(folder / name in files for name in _WEIGHTS)
+    ]
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path:
@@ -206,23 +204,9 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path:
     raise LocalEntryNotFoundError(f"{repo} is not in the cache.")
 
 
-@contextmanager
-def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """The Hub's ways to say "not there" as ours."""
-    try:
-        yield
-    except RevisionNotFoundError as error:
-        raise IncompatibleSAEError(f"The repository {repo!r} has no revision {revision!r}.") from error
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, CacheNotFound, HFValidationError) as error:
-        raise IncompatibleSAEError(
-            f"There is no folder {repo!r} here, and no such repository can be read on the Hub "
-            "(it may be private, gated or, offline, not downloaded yet)."
-        ) from error
-
-
 def _download(repo: str, sae_id: str | None, revision: str | None) -> tuple[Path, str | None]:
     """Fetches the files of one SAE; returns the local root and the id."""
-    with _hub_errors(repo, revision):
+    with hub_errors(repo, revision, IncompatibleSAEError):
         if constants.HF_HUB_OFFLINE:
             return _cached_snapshot(repo, revision), sae_id
         found = _hub_saes(HfApi().model_info(repo, revision=revision))
