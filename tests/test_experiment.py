@@ -191,6 +191,9 @@ def test_fewer_than_five_seeds_judge_the_adapter_not_the_method(judged):
 
 def test_report_can_be_read_by_people_and_programs(judged):
     folder, run, _ = judged
+    read = {"source": {"name": "me/source", "commit": "5" * 40}}
+    for path in folder.root.glob("sae/source/*/stage1.json"):
+        write_json(path, json.loads(path.read_text()) | {"revisions": read})
     results = collect(folder, run, CHOSEN)
     text = write_report(folder, run, results, DATA, {}, PLANNED)
     assert "Harness check: FAILED" not in text and "Harness check: passed. 2 arms" in text
@@ -203,7 +206,9 @@ def test_report_can_be_read_by_people_and_programs(judged):
     assert report["arms"][2]["verdict"]["word"] == "better" and report["settings"]["run"]["seeds"] == [0, 1, 2, 3, 4]
     assert report["costs"]["Stage II"]["seconds"] == 30 and report["costs"]["Stage I"]["tokens"] == 90
     assert (folder.root / "report.png").stat().st_size > 10_000
-    assert "![accuracy by arm](report.png)" in (folder.root / "report.md").read_text()
+    assert report["revisions"] == {"base": {"name": "base", "commit": None}, **read}
+    written = (folder.root / "report.md").read_text()
+    assert "![accuracy by arm](report.png)" in written and f"source me/source@{'5' * 40}." in written
 
 
 def test_what_was_chosen_on_the_test_set_says_so(judged):

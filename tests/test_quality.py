@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sae_reference
 import torch
 import torch.nn.functional as F
 from conftest import ModelFactory
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from resa_hf.errors import DataError, HookpointError
 from resa_hf.hookpoints import capture
 from resa_hf.sae.autoencoder import SAELensSAE, TopKSAE
+from resa_hf.sae.metadata import ce_recovered
 from resa_hf.sae.quality import sae_quality
 
 D_IN, LATENTS, K = 32, 80, 6
@@ -158,3 +160,35 @@ def test_bad_input_is_refused(model: nn.Module) -> None:
         sae_quality(model, make_sae(), rows(), "layers.99")
     with pytest.raises(ValueError, match="'median'"):
         sae_quality(model, make_sae(), rows(), ablation="median")  # type: ignore[arg-type]
+
+
+def test_ce_recovered_of_a_trainer_is_that_of_its_first_64_held_out_rows(
+    make_model: ModelFactory, tmp_path: Path
+) -> None:
+    # Far enough from zero that an SAE makes a difference.
+    model, held_out = make_model("qwen2", initializer_range=0.2), sae_reference.rows(68, seed=5)
+    args = sae_reference.config(tmp_path, hookpoints=["layers.0", "layers.1.mlp"])
+    trainer = sae_reference.train(model, args, eval_dataset=held_out)
+    found = ce_recovered(trainer)
+    expected = {
+        f"eval_ce_recovered/{hookpoint}": sae_quality(model, sae, held_out.select(range(64)))["ce_recovered"]
+        for hookpoint, sae in trainer.saes.items()
+    }
+    assert found == pytest.approx(expected, rel=1e-4) and len(found) == 2
+    every = [sae_quality(model, sae, held_out)["ce_recovered"] for sae in trainer.saes.values()]
+    assert list(found.values()) != pytest.approx(every, rel=1e-4)
+    assert ce_recovered(sae_reference.train(model, args)) == {}
+
+
+def test_ce_recovered_leaves_special_tokens_as_training_did(
+    make_model: ModelFactory, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    model = make_model("qwen2", initializer_range=0.2)
+    ids = [[tiny_tokenizer.eos_token_id, *row] for row in sae_reference.rows(8)["input_ids"]]
+    args = sae_reference.config(tmp_path, exclude_special_tokens=True)
+    held_out = Dataset.from_dict({"input_ids": ids})
+    trainer = sae_reference.train(model, args, eval_dataset=held_out, processing_class=tiny_tokenizer)
+    sae, special = trainer.saes["layers.1"], tiny_tokenizer.all_special_ids
+    kept = sae_quality(model, sae, held_out, excluded_token_ids=special)["ce_recovered"]
+    assert ce_recovered(trainer)["eval_ce_recovered/layers.1"] == pytest.approx(kept, rel=1e-4)
+    assert kept != pytest.approx(sae_quality(model, sae, held_out)["ce_recovered"], rel=1e-3)

@@ -209,7 +209,7 @@ def test_special_tokens_and_outlying_norms_do_not_count(model: nn.Module, tmp_pa
     assert trainer.evaluate()["eval_fvu/layers.0"] == pytest.approx(naive_fvu(sae, x[kept]), rel=1e-4)
     assert logged(trainer, "tokens_seen") == [int((~is_special).sum())]
     trainer.save_model(str(tmp_path / "out"))
-    assert load_sae(tmp_path / "out").metadata["exclude_special_tokens"] is True
+    assert load_sae(tmp_path / "out").metadata["exclude_special_tokens"] == tiny_tokenizer.all_special_ids
 
 
 def test_bf16_source_model_trains_float32_saes(make_model: ModelFactory, tmp_path: Path) -> None:

@@ -4,14 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..arguments import DataArguments
 from ..data import hold_out
+from ..evaluation.cost import Cost, current_device
+from ..evaluation.movement import movement
+from ..evaluation.tables import finite
 from ..experiment.folder import claim, write_json
-from ..experiment.prepare import load_rows, tokenize
+from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, tokenize
 from ..experiment.report import versions
-from ..experiment.stages import train_from_last_checkpoint
+from ..experiment.stages import tokens_trained_on, train_from_last_checkpoint
+from ..provenance import Revisions, data_revisions
+from ..sae.metadata import ce_recovered
+from ..sae.trainer import SAETrainer
+from ..tuning.trainer import SAETuningTrainer
 
 
 def stage_text(
@@ -24,6 +32,7 @@ def stage_text(
     """
     rows, qa = load_rows(data)
     told = {"dataset": data.dataset, "fingerprint": qa.fingerprint, "rows": qa.describe()}
+    told |= {f"dataset_{name}": part for name, part in (("repo", qa.repo), ("commit", qa.commit)) if part}
     parts = {"train": rows}
     if data.held_out:
         parts["train"], parts["held_out"] = hold_out(rows, data.held_out, data.split_seed)
@@ -36,8 +45,14 @@ def stage_text(
     return tokens["train"], tokens.get("held_out"), told
 
 
-def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str]) -> Path:
+def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str], revisions: Revisions) -> Path:
     """Trains from the last checkpoint, evaluates if anything is held out, saves; returns the path of report.json.
+
+    Args:
+        trainer (`Trainer`): of either stage.
+        settings (`dict`): as given.
+        told (`dict`): of the data, by `stage_text`.
+        revisions (`dict`): of all else that was read.
 
     Raises:
         `DataError`: if the stage was started in this folder with other settings or data.
@@ -48,7 +63,31 @@ def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str]) 
     seconds = train_from_last_checkpoint(trainer)
     held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
+    if isinstance(trainer, SAETrainer):
+        held_out |= ce_recovered(trainer)
+    tokens = tokens_trained_on(trainer, trainer.train_dataset)
+    report = {
+        "settings": settings,
+        "data": told,
+        "revisions": revisions | data_revisions(told),
+        "seconds": seconds,
+        "tokens": tokens,
+        "costs": {"Stage I" if isinstance(trainer, SAETrainer) else "Stage II": Cost(seconds, tokens).as_plain()},
+        "held_out": held_out,
+        "moved": _moved(trainer),
+        "log": trainer.state.log_history,
+        "device": current_device(),
+        "versions": versions(),
+    }
     path = output / "report.json"
-    report = {"settings": settings, "data": told, "seconds": seconds, "held_out": held_out}
-    write_json(path, {**report, "log": trainer.state.log_history, "versions": versions()})
+    write_json(path, finite(report))
     return path
+
+
+def _moved(trainer: Trainer) -> dict[str, Any]:
+    """KL(base || tuned) on held-out rows without the SAE, and ||dW||, where one process holds all weights."""
+    rows, sharded = trainer.eval_dataset, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not isinstance(trainer, SAETuningTrainer) or not isinstance(rows, datasets.Dataset) or sharded:
+        return {}
+    model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
+    return movement(model, rows.select(range(min(len(rows), MEASURED_DOCUMENTS))))

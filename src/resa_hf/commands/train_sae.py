@@ -16,6 +16,7 @@ def main(argv: Sequence[str]) -> None:
     from ..arguments import DataArguments, ModelArguments
     from ..experiment.folder import check_writable
     from ..models import load_causal_lm, load_tokenizer
+    from ..provenance import base_revisions, data_revisions, sae_metadata, sae_revision
     from ..sae.config import SAETrainingConfig
     from ..sae.trainer import SAETrainer
     from .dry_run import describe_stage, take_dry_run
@@ -37,6 +38,9 @@ def main(argv: Sequence[str]) -> None:
         revision=model_args.model_revision,
         dtype=model_args.dtype,
     )
-    trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer)
-    report = run_stage(trainer, given, told)
+    read = base_revisions(model_args)
+    metadata = sae_metadata(read, data_revisions(told)["dataset"])
+    trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer, metadata=metadata)
+    read |= sae_revision("initial_sae", args.initial_sae, args.initial_sae_revision)
+    report = run_stage(trainer, given, told, read)
     print(f"\nSAEs: {', '.join(str(report.parent / name) for name in trainer.saes)}. Report: {report}.")

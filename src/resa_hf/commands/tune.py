@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> None:
     from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
     from ..experiment.folder import check_writable
     from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
+    from ..provenance import base_revisions, sae_revision, source_revisions
     from ..tuning.config import SAETuningConfig
     from ..tuning.trainer import SAETuningTrainer
     from .dry_run import describe_stage, take_dry_run
@@ -60,5 +61,7 @@ def main(argv: Sequence[str]) -> None:
         source_model=source,
         peft_config=lora_args.lora_config(),
     )
-    report = run_stage(trainer, given, told)
+    read = base_revisions(model_args) | source_revisions(model_args, source_args)
+    read |= sae_revision("sae", args.sae, args.sae_revision)
+    report = run_stage(trainer, given, told, read)
     print(f"\nAdapter: {report.parent}. Report: {report}.")

@@ -13,6 +13,8 @@ from ..evaluation.pipeline import TaskResult
 from ..evaluation.plot import plot_comparison
 from ..evaluation.samples import maj_at_k, pass_at_k
 from ..evaluation.tables import comparison_table, markdown, plain, ratio_table, reading, task_table
+from ..places import parse_place
+from ..provenance import Revisions, base_revisions, place_revision, task_revisions
 from .evaluate import Evaluated, Evaluation
 from .folder import write_json, write_whole
 from .report import versions
@@ -37,6 +39,7 @@ def write_evaluation(args: EvaluateArguments, evaluation: Evaluation) -> str:
     compared = compare(answers[0], answers[1:], args.margin, controls, args.rl_adapter)
     costs = {model.name: _cost(args, model) for model in models}
     details = {model.name: _detail(model) for model in models}
+    read = _adapters_read(args)
     accuracy = "macro-average" if len(models[0].tasks) > 1 else "accuracy"
     parts = [
         comparison_table(compared, _columns(models), "model", accuracy),
@@ -57,9 +60,12 @@ def write_evaluation(args: EvaluateArguments, evaluation: Evaluation) -> str:
         folder / "report.json",
         {
             "settings": asdict(args),
+            "revisions": base_revisions(args),
+            "tasks": task_revisions(models[0].tasks),
             "planned": evaluation.planned,
             "models": [
-                plain(line) | {"moved": dict(model.moved), "tasks_detail": details[model.name]}
+                plain(line)
+                | {"adapter": read.get(line.name), "moved": dict(model.moved), "tasks_detail": details[model.name]}
                 for line, model in zip(compared, models, strict=True)
             ],
             "costs": {name: cost.as_plain() for name, cost in costs.items()},
@@ -71,6 +77,12 @@ def write_evaluation(args: EvaluateArguments, evaluation: Evaluation) -> str:
     subtitle = f"{compared[0].problems} problems, {args.samples} samples each, {args.model_name_or_path}"
     plot_comparison(compared, folder / "report.png", subtitle, accuracy)
     return text
+
+
+def _adapters_read(args: EvaluateArguments) -> Revisions:
+    """By their names here; a server does not tell what it has loaded."""
+    named = map(args.name_and_place, (*args.adapters, *args.controls))
+    return {} if args.server else {name: place_revision(parse_place(place)) for name, place in named}
 
 
 def _columns(models: list[Evaluated]) -> dict[str, list[str]]:

@@ -13,10 +13,11 @@ def training_overlap(run: RunArguments) -> OverlapReport | None:
         return None
     from ..evaluation.tasks import task_rows
 
-    sources = {run.dataset, run.trigger_dataset or run.dataset}
-    training = [
-        problem for source in sorted(sources) for problem in load_rows(replace(run, dataset=source))[0]["problem"]
-    ]
+    # The revision is the dataset's, as in `prepare`.
+    runs = {run.dataset: run}
+    if run.trigger_dataset is not None:
+        runs.setdefault(run.trigger_dataset, replace(run, dataset=run.trigger_dataset, dataset_revision=None))
+    training = (problem for source in sorted(runs) for problem in load_rows(runs[source])[0]["problem"])
     return find_overlap(
         training, {task: list(rows["problem"]) for task, rows in task_rows(run.tasks, run.files()).items()}
     )

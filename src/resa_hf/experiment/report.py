@@ -22,9 +22,10 @@ from ..evaluation.tables import (
     share,
     task_table,
 )
+from ..provenance import Revisions, task_revisions
 from .answering import GREEDY, HELD_OUT, SELECTION, read_answers
 from .folder import RunFolder, read_json, write_json, write_whole
-from .results import ArmResult, harness_check, sae_quality
+from .results import ArmResult, harness_check, read_revisions, sae_quality
 from .settings import RunArguments, RunSettings
 from .stages import TUNING
 
@@ -46,6 +47,7 @@ def write_report(
         `str`: the table and what follows from it, for the terminal.
     """
     saes = sae_quality(folder, settings)
+    revisions = read_revisions(folder, settings, data)
     costs = _costs(folder, settings, saes)
     ratios = _rl_ratios(settings.run, results)
     compared = [result.compared for result in results]
@@ -66,10 +68,12 @@ def write_report(
     ]
     text = "\n\n".join(part for part in parts if part)
     title = f"# {settings.run.model_name_or_path} on {settings.run.dataset}\n\n![accuracy by arm](report.png)"
-    write_whole(folder.root / "report.md", f"{title}\n\n{text}\n\n{_closing(settings, data)}\n")
+    write_whole(folder.root / "report.md", f"{title}\n\n{text}\n\n{_closing(settings, data, revisions)}\n")
     content = {
         "settings": as_plain(settings),
         "data": data,
+        "revisions": revisions,
+        "tasks": task_revisions(compared[0].tasks),
         "planned": planned,
         "chosen_on": _chosen_on(settings) if choosing else None,
         "choice": choosing,
@@ -89,13 +93,18 @@ def write_report(
     return text
 
 
-def _closing(settings: RunSettings, data: dict[str, Any]) -> str:
+def _closing(settings: RunSettings, data: dict[str, Any], revisions: Revisions) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
         f"## Data and versions\n\n{data['rows']} {data['train_rows']:,} rows to train on "
         f"({data['tokens']['train']['describe']}); {data['held_out_rows']:,} held out.\n\n"
-        f"Seeds {', '.join(map(str, settings.run.seeds))}. {packages}."
+        f"Seeds {', '.join(map(str, settings.run.seeds))}. {packages}.{_commits(revisions)}"
     )
+
+
+def _commits(revisions: Revisions) -> str:
+    known = [f"{role} {found['name']}@{found['commit']}" for role, found in revisions.items() if found["commit"]]
+    return f"\n\nRead from the Hub: {', '.join(known)}." if known else ""
 
 
 def versions() -> dict[str, str]:

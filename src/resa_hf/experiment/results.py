@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.comparison import Answers, Compared, compare
-from .answering import GREEDY, HELD_OUT, MOVEMENT, read_answers
+from ..provenance import Revisions, data_revisions, merge_revisions
+from .answering import GREEDY, HELD_OUT, MOVEMENT, REVISIONS, read_answers
 from .arms import BASE, Arm, Candidate
 from .folder import RunFolder, read_json
 from .schedule import Job
@@ -161,13 +162,28 @@ def sae_quality(folder: RunFolder, settings: RunSettings) -> dict[str, dict[str,
     table: dict[str, dict[str, Any]] = {}
     for source in settings.sae_sources:
         reports = [read_json(folder.sae(source, seed) / STAGE1) for seed in settings.run.seeds]
-        keys = [key for key in reports[0]["quality"] if key.startswith(("eval_fvu/", "eval_l0/", "eval_dead_share/"))]
+        measured = tuple(f"eval_{name}/" for name in ("fvu", "l0", "dead_share", "ce_recovered"))
+        # A folder that was started before one of them was measured is read, too.
+        keys = [key for key in reports[0]["quality"] if all(key in report["quality"] for report in reports)]
+        keys = [key for key in keys if key.startswith(measured)]
         table[source] = {
             key.removeprefix("eval_"): float(np.mean([r["quality"][key] for r in reports])) for key in keys
         }
         for key in ("seconds", "tokens"):
             table[source][key] = sum(report[key] for report in reports)
     return table
+
+
+def read_revisions(folder: RunFolder, settings: RunSettings, data: dict[str, Any]) -> Revisions:
+    """What each stage wrote down when it had loaded its models, and what was read as data.
+
+    Of a folder that was started before that was written down, the base's name is known.
+    """
+    stages = [*folder.root.glob(f"sae/*/*/{STAGE1}"), *folder.root.glob(f"arms/**/{TUNING}")]
+    parts = [read_json(path).get("revisions", {}) for path in stages]
+    parts += [read_json(path) for path in folder.root.glob(f"arms/**/{REVISIONS}")]
+    unknown: Revisions = {"base": {"name": settings.run.model_name_or_path, "commit": None}}
+    return unknown | merge_revisions([*parts, data_revisions(data)])
 
 
 def harness_check(results: list[ArmResult], moved: bool = False) -> list[tuple[str, str, str]]:

@@ -9,14 +9,24 @@ import datasets
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..models import load_tokenizer
+from ..provenance import (
+    Revision,
+    Revisions,
+    base_revisions,
+    data_revisions,
+    sae_metadata,
+    sae_revision,
+    source_revisions,
+)
 from ..sae.config import SAETrainingConfig
+from ..sae.metadata import ce_recovered
 from ..sae.trainer import SAETrainer
 from ..tuning.config import SAETuningConfig
 from ..tuning.trainer import SAETuningTrainer
 from .arms import Arm, Candidate
-from .folder import RunFolder, write_json
+from .folder import RunFolder, read_json, write_json
 from .loading import load_sae_source, load_source, load_target
-from .settings import RunSettings
+from .settings import RunArguments, RunSettings
 
 ADAPTER, TUNING, STAGE1 = "adapter", "tuning.json", "stage1.json"
 
@@ -33,18 +43,31 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
     text = "prose" if source.endswith("-prose") else "trigger" if run.trigger_dataset else "train"
     train, held_out = (datasets.load_from_disk(folder.data(name)) for name in (text, "held_out"))
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
-    trainer = SAETrainer(load_sae_source(run, source, seed), args, train, held_out, processing_class=tokenizer)
+    model = load_sae_source(run, source, seed)
+    read = base_revisions(run) if source.startswith("base") or not run.has_source else source_revisions(run, run)
+    metadata = sae_metadata(read, _text_read(folder, run, text))
+    if source.endswith("-random"):
+        metadata["model_name"] = None  # no such model can be loaded
+    trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer, metadata=metadata)
     seconds = train_from_last_checkpoint(trainer)
     quality = trainer.evaluate()
     trainer.save_model(str(target))
     report = {
         "seconds": seconds,
-        "tokens": _tokens(trainer, train),
-        "quality": quality,
+        "tokens": tokens_trained_on(trainer, train),
+        "quality": quality | ce_recovered(trainer),
+        "revisions": read | sae_revision("initial_sae", args.initial_sae, args.initial_sae_revision),
         "log": trainer.state.log_history,
     }
     write_json(target / STAGE1, report)
     shutil.rmtree(target / "run", ignore_errors=True)  # checkpoints of what is finished
+
+
+def _text_read(folder: RunFolder, run: RunArguments, text: str) -> Revision:
+    if text == "prose":
+        return {"name": run.prose, "commit": None}
+    read = data_revisions(read_json(folder.data("data.json")))
+    return read["trigger_dataset" if text == "trigger" else "dataset"]
 
 
 class _KeepAdapters(TrainerCallback):
@@ -100,6 +123,9 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
     steps = run.checkpoints or []
     if steps and 0 < args.max_steps < max(steps):
         raise ValueError(f"checkpoints names step {max(steps)}, but Stage II has {args.max_steps} steps.")
+    read = base_revisions(run) | (source_revisions(run, run) if args.kl_reference == "source" else {})
+    if arm.sae_from == "pretrained":
+        read |= sae_revision("sae", args.sae, args.sae_revision)
     places = {step: folder.arm(arm, Candidate(candidate.rate, step), seed) / ADAPTER for step in steps}
     trainer.add_callback(_KeepAdapters(trainer, places))
     seconds = train_from_last_checkpoint(trainer)
@@ -107,23 +133,26 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
     if steps and max(steps) > trainer.state.global_step:
         raise ValueError(f"checkpoints names step {max(steps)}, but Stage II has {trainer.state.global_step} steps.")
     trainer.save_model(str(place / ADAPTER))
-    _write_tuning(trainer, place, seconds, train)
+    _write_tuning(trainer, place, seconds, train, read)
     shutil.rmtree(place / "run", ignore_errors=True)  # checkpoints of what is finished
 
 
-def _write_tuning(trainer: SAETuningTrainer, place: Path, seconds: float, train: datasets.Dataset) -> None:
+def _write_tuning(
+    trainer: SAETuningTrainer, place: Path, seconds: float, train: datasets.Dataset, revisions: Revisions
+) -> None:
     history = trainer.state.log_history
     report = {
         "seconds": seconds,
         "steps": trainer.state.global_step,
-        "tokens": _tokens(trainer, train),
+        "tokens": tokens_trained_on(trainer, train),
+        "revisions": revisions,
         "evaluations": [entry for entry in history if "eval_loss" in entry],
         "log": history,
     }
     write_json(place / TUNING, report)
 
 
-def _tokens(trainer: Trainer, train: datasets.Dataset) -> int:
+def tokens_trained_on(trainer: Trainer, train: datasets.Dataset) -> int:
     """Tokens trained on, over all epochs and processes."""
     return round(sum(map(len, train["input_ids"])) * (trainer.state.epoch or 0.0))
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from ..errors import IncompatibleSAEError
+from ..pushing import PushToHub
 from .autoencoder import TopKSAE
 from .checkpoint import load_sae, save_sae
 from .config import SAETrainingConfig
@@ -52,7 +53,7 @@ class _DecoderNorm(TrainerCallback):
             self._trainer.use_average(True)
 
 
-class SAETrainer(Trainer):
+class SAETrainer(PushToHub, Trainer):
     """
     Trains one TopK SAE at each hookpoint, all in one pass over a frozen source model.
 
@@ -79,6 +80,8 @@ class SAETrainer(Trainer):
             The tokenizer; needed for text and for `exclude_special_tokens`.
         callbacks (`list[transformers.TrainerCallback]`, *optional*):
             As for [`~transformers.Trainer`].
+        metadata (`dict[str, Any]`, *optional*):
+            What is to be saved with each SAE beside the settings, such as sae-lens' `dataset_path`.
 
     Raises:
         `HookpointError`: if a hookpoint is unknown, or none is given.
@@ -98,8 +101,10 @@ class SAETrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         args = copy.copy(args)
+        args.hub_strategy = HubStrategy.END  # checkpoints hold pickles
         device = args.device
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would copy the SAEs to devices where the source model is not
         if args.exclude_special_tokens and processing_class is None:
@@ -107,11 +112,12 @@ class SAETrainer(Trainer):
         if next(model.parameters()).device != device:
             nn.Module.to(model, device)
         self._tokenizer = processing_class
+        self.metadata = dict(metadata or {})
         self._signum: ScheduleFreeSignum | None = None
         bank = SAEBank(initial_saes(model, args))
         special = processing_class.all_special_ids if processing_class is not None else []
-        excluded = special if args.exclude_special_tokens else []
-        self.source = ActivationSource(model, bank.hookpoints, excluded, args.max_norm_ratio)
+        self.excluded_token_ids = special if args.exclude_special_tokens else []
+        self.source = ActivationSource(model, bank.hookpoints, self.excluded_token_ids, args.max_norm_ratio)
         pad = processing_class.pad_token_id if processing_class is not None else None
         super().__init__(
             model=bank,
@@ -286,11 +292,6 @@ class SAETrainer(Trainer):
         samples = int(self._sum(torch.tensor(len(dataloader.dataset), device=self.args.device)))  # type: ignore[arg-type]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
 
-    def _metadata(self, sae: TopKSAE) -> dict[str, Any]:
-        return training_metadata(
-            sae, self.args, self.source.model, self.train_dataset, tokens_seen=int(self.progress.tokens_seen)
-        )
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """One folder a hookpoint, in sae-lens' layout; nothing is pickled."""
         if not self.args.should_save:
@@ -298,7 +299,7 @@ class SAETrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         with self._averaged():
             for hookpoint, sae in self.saes.items():
-                sae.metadata = self._metadata(sae)
+                sae.metadata = training_metadata(self, sae)
                 save_sae(sae, folder / hookpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
