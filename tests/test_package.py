@@ -22,7 +22,8 @@ MODULES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 
 # Other people's code relies on these.
 PUBLIC = """
-    SAETrainingConfig SAETrainer SAETuningConfig SAETuningTrainer load_sae save_sae resolve_hookpoint capture splice
+    SAETrainingConfig SAETrainer SAETuningConfig SAETuningTrainer load_sae save_sae push_sae_to_hub
+    load_reasoning_adapter resolve_hookpoint capture splice
     HookpointError IncompatibleSAEError IncompatibleAdapterError
 """.split()  # noqa: SIM905
 

@@ -17,7 +17,9 @@ _HOMES = {
     "SAETuningConfig": "tuning.config",
     "SAETuningTrainer": "tuning.trainer",
     "capture": "hookpoints",
+    "load_reasoning_adapter": "hub.adapters",
     "load_sae": "sae.checkpoint",
+    "push_sae_to_hub": "hub.sae_repo",
     "resolve_hookpoint": "hookpoints",
     "save_sae": "sae.checkpoint",
     "splice": "hookpoints",
@@ -32,7 +34,9 @@ __all__ = [
     "SAETuningConfig",
     "SAETuningTrainer",
     "capture",
+    "load_reasoning_adapter",
     "load_sae",
+    "push_sae_to_hub",
     "resolve_hookpoint",
     "save_sae",
     "splice",
@@ -41,6 +45,8 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import HookpointError, IncompatibleAdapterError, IncompatibleSAEError
     from .hookpoints import capture, resolve_hookpoint, splice
+    from .hub.adapters import load_reasoning_adapter
+    from .hub.sae_repo import push_sae_to_hub
     from .sae.checkpoint import load_sae, save_sae
     from .sae.config import SAETrainingConfig
     from .sae.trainer import SAETrainer

@@ -12,6 +12,7 @@ COMMANDS = {
     "run": "the whole way on your own questions and answers: Stage I, Stage II, answers, verdict",
     "compare": "several arms and their controls on the same problems and seeds, in one table",
     "evaluate": "adapters against their base on benchmarks or your own problems: verdict, cost, overlap",
+    "publish": "adapters, SAEs and merged models to the Hub, with cards that say what the reports say",
     "train-sae": "Stage I alone: train SAEs on a source model's activations",
     "tune": "Stage II alone: train an adapter with a frozen SAE spliced in",
 }

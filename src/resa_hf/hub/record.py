@@ -15,7 +15,9 @@ class Record:
         evaluation (`Mapping`, *optional*):
             report.json of `resa-hf evaluate`, of this very adapter.
         arm (`str`, *optional*):
-            The adapter's arm in these reports.
+            The adapter's arm in `report`, where it has arms.
+        evaluated_as (`str`, *optional*):
+            The adapter's name among the `models` of `evaluation`.
         seed (`int`, *optional*):
             The seed that this adapter or SAE was trained with.
         recipe (`Mapping`):
@@ -32,6 +34,7 @@ class Record:
     report: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     arm: str | None = None
+    evaluated_as: str | None = None
     seed: int | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     revisions: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)

@@ -11,12 +11,14 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
 from ..arguments import LoraArguments
 from ..hookpoints import backbone, capture, causal_lm, layer_index, splice
 from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
 from ..modes import evaluating
+from ..pushing import PushToHub
 from ..trl_internals import ForwardRedirection
 from .config import SAETuningConfig
 from .controls import make_control
@@ -36,7 +38,7 @@ from .prefix import passing_through, prefix_is_exact
 FITTING_BATCHES = 32  # of the training data, for a control that is fitted to the activations
 
 
-class SAETuningTrainer(SFTTrainer):
+class SAETuningTrainer(PushToHub, SFTTrainer):
     """
     Trains a LoRA adapter so that the model with a frozen SAE spliced in predicts what the model without it predicts.
 
@@ -101,6 +103,7 @@ class SAETuningTrainer(SFTTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
         args = copy.copy(args) if args is not None else SAETuningConfig(output_dir="sae-tuning")
+        args.hub_strategy = HubStrategy.END  # checkpoints hold pickles
         args._n_gpu = min(args.n_gpu, 1)  # nn.DataParallel would run its replicas with the first one's loss
         target = self._load_target(model, args)
         if isinstance(target, PeftModel) and target.active_peft_config.is_prompt_learning:

@@ -1,0 +1,167 @@
+"""Licences: what the base's own card says, and what a licence asks of the name of a model made from the base."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import constants, dataset_info, hf_hub_download, metadata_load, model_info
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
+
+from ..data import PRESETS
+from ..errors import PublishError
+
+UNKNOWN = "unknown"
+
+# huggingface.co/docs/hub/repositories-licenses. The Hub refuses a card with any other identifier.
+_IDS = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
+    deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
+    grok2-community gemma other
+    """.split()  # noqa: SIM905  # a hundred lines otherwise
+)
+_NAME = re.compile(r"\w[\w .+-]{0,99}")
+_LINK = re.compile(r"https?://[\w.~:/?#@!$&+,;=%-]{1,300}")
+_LLAMA = re.compile(r"\bllama[ _-]?([34])(?:[._-]?(\d))?(?!\w)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The licence of a base, which what is made from it inherits.
+
+    Args:
+        id (`str`, *optional*, defaults to `"unknown"`): one of the Hub's identifiers.
+        name (`str`, *optional*), link (`str`, *optional*): of a licence that is `"other"`.
+        datasets (`Mapping[str, str | None]`, *optional*): the licences of the datasets, by their names.
+    """
+
+    id: str = UNKNOWN
+    name: str | None = None
+    link: str | None = None
+    datasets: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str | None:
+        """What the name of a model made from the base must begin with.
+
+        Section 1.b.i of the community licences: "Llama 3" with Llama 3, "Llama" from Llama 3.1 on, nothing with
+        Llama 2 (github.com/meta-llama/llama-models, models/*/LICENSE).
+        """
+        match = _LLAMA.search(self.name or "" if self.id == "other" else self.id)
+        if match is None:
+            return None
+        return "Llama-3" if match.groups() in (("3", None), ("3", "0")) else "Llama"
+
+    @property
+    def attribution(self) -> str | None:
+        """The words that the same section asks to display."""
+        return {"Llama-3": "Built with Meta Llama 3", "Llama": "Built with Llama"}.get(self.prefix or "")
+
+
+def licence_of(base: str, datasets: Sequence[str] = (), *, revision: str | None = None) -> Licence:
+    """
+    Reads the licences of a base and of datasets from their own cards: on the Hub, offline in the cache, or in a
+    folder. What a card does not say, or says in no plain way, stays unknown.
+
+    Args:
+        base (`str`): Hub repo, folder, or `resa_hf/tiny/base`.
+        datasets (sequence of `str`, *optional*): presets, Hub repos and files.
+        revision (`str`, *optional*): of the base.
+
+    Raises:
+        `PublishError`: if the Hub cannot be reached, and is not switched off.
+    """
+    licences = {name: _dataset_licence(name) for name in datasets}
+    if base.startswith("resa_hf/tiny/"):
+        return Licence("apache-2.0", datasets=licences)  # ships in this package, under its licence
+    return Licence(*_read(_metadata(base, "model", revision)), datasets=licences)
+
+
+def check_name(repo_id: str, licence: Licence) -> None:
+    """
+    Checks that a repository's name is one that the base's licence allows.
+
+    Args:
+        repo_id (`str`): of an adapter, a merged model or an SAE that was made from the base.
+        licence ([`Licence`]): the base's.
+
+    Raises:
+        `PublishError`: if not; the message has a name that is.
+    """
+    owner, slash, name = repo_id.rpartition("/")
+    if licence.prefix is None or re.match(licence.prefix.replace("-", "[-_.]?"), name):
+        return
+    words = licence.prefix.replace("-", " ")
+    raise PublishError(
+        f"{repo_id}: the base's licence ({licence.name or licence.id}, section 1.b.i) demands that the name of a "
+        f"model made from it begins with {words!r}. {owner}{slash}{licence.prefix}-{name} would do."
+    )
+
+
+def _dataset_licence(name: str) -> str | None:
+    presets = [preset for key, preset in PRESETS.items() if name in (key, preset.repo)]
+    if presets and presets[0].licence is not None:
+        return presets[0].licence
+    key, own, _ = _read(_metadata(presets[0].repo if presets else name, "dataset"))
+    return None if key == UNKNOWN else own or key
+
+
+def _read(metadata: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
+    """Identifier, name and link. The card is somebody else's: nothing but a plain word or address leaves it."""
+    found = metadata.get("license")
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    key, name = (_plain(value, _NAME) for value in (found, metadata.get("license_name")))
+    if key is None or key.lower() == UNKNOWN:
+        return UNKNOWN, None, None
+    if key.lower() not in _IDS:
+        key, name = "other", key
+    link = _plain(metadata.get("license_link"), _LINK)
+    return ("other", name, link) if key.lower() == "other" else (key.lower(), None, None)
+
+
+def _plain(value: Any, pattern: re.Pattern[str]) -> str | None:
+    return value if isinstance(value, str) and pattern.fullmatch(value) else None
+
+
+def _metadata(name: str, repo_type: str, revision: str | None = None) -> Mapping[str, Any]:
+    """The metadata of a card; empty if there is none, or none that can be read."""
+    try:
+        if Path(name).is_dir():
+            return metadata_load(Path(name) / "README.md") or {}
+        return metadata_load(hf_hub_download(name, "README.md", repo_type=repo_type, revision=revision)) or {}
+    except GatedRepoError:
+        # Everyone sees the metadata of a gated repo.
+        info = (model_info if repo_type == "model" else dataset_info)(name, revision=revision)
+        return info.card_data.to_dict() if info.card_data is not None else {}
+    except LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE:
+            return {}
+        raise _unread(name) from None
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, FileNotFoundError):
+        return {}
+    except httpx.HTTPError:
+        raise _unread(name) from None
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return {}  # not a card's metadata
+
+
+def _unread(name: str) -> PublishError:
+    return PublishError(f"The licence of {name} cannot be read: the Hub does not answer. Run the same command again.")

@@ -1,0 +1,39 @@
+"""Merged repositories: the base with the adapter in its weights, a plain model for whatever does not know adapters."""
+
+from pathlib import Path
+
+from ..models import load_causal_lm, load_tokenizer
+from ..places import Place
+from .adapter_repo import checked_adapter, copy_tokenizer
+from .adapters import load_reasoning_adapter
+from .found import Found
+from .staging import write_evidence
+
+
+def stage_merged(stage: Path, found: Found) -> None:
+    """
+    Writes all files of a merged model's repository but its card: safetensors in the base's dtype, tokenizer, config,
+    and the base's generation_config.json, or else one with the tokenizer's EOS and PAD.
+
+    Args:
+        stage (`Path`): an empty folder.
+        found ([`Found`]): with an adapter. Its record names the base, and an adapter that is part of it.
+
+    Raises:
+        `PublishError`: if the adapter's files cannot be used.
+        `OSError`: if the base cannot be loaded, or the disk is full.
+    """
+    adapter, revisions = checked_adapter(found), found.record.revisions
+    base, part = revisions["base"], revisions.get("base_adapter")
+    first = None if part is None else str(Place(str(part["name"]), part["commit"], part.get("subfolder")))
+    model = load_causal_lm(str(base["name"]), first, revision=base["commit"])
+    merged = load_reasoning_adapter(model, adapter).merge_and_unload()
+    tokenizer = load_tokenizer(str(base["name"]), revision=base["commit"])
+    generation = merged.generation_config
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(generation, name) is None:
+            setattr(generation, name, getattr(tokenizer, name))
+    merged.save_pretrained(stage)
+    if not copy_tokenizer(adapter, stage):
+        tokenizer.save_pretrained(stage)
+    write_evidence(stage, found)
