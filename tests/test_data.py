@@ -10,7 +10,7 @@ import datasets
 import pandas as pd
 import pytest
 
-from resa_hf.data import PRESETS, hold_out, load_qa, load_questions
+from resa_hf.data import hold_out, load_qa, load_questions
 from resa_hf.errors import DataError
 
 PAIRS = [("What is 1+1?", "2"), ('Say "a, b"\nand stop.', "NA"), ("Solve $x^2=4$ ×", "\\{-2, 2\\}")]
@@ -90,6 +90,32 @@ def test_limit_keeps_the_first_usable_rows(tmp_path: Path) -> None:
     assert (report.rows_read, report.kept, report.empty_answer) == (3, 2, 1)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_rows_without_a_trace_are_left_out_if_traces_are_asked_for(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {"problem": problem, "answer": "1", "why": trace}
+        for problem, trace in (("a", "Because."), ("b", ""), ("c", None), ("b", "So."), ("b", "Again."))
+    ]
+    path = write(tmp_path / f"rows{suffix}", rows)
+    dataset, report = load_qa(path, solution_column="why")
+    assert dataset[:] == {"problem": ["a", "b"], "answer": ["1", "1"], "solution": ["Because.", "So."]}
+    assert (report.rows_read, report.empty_solution, report.repeated, report.solution_column) == (5, 2, 1, "why")
+    assert report.describe() == (
+        "2 of 5 rows can be used; left out: 2 without a reasoning trace, 1 whose question came before. "
+        "CoT-based: the text holds the reasoning traces of column 'why'."
+    )
+    assert load_qa(path)[0].column_names == ["problem", "answer"]
+    with pytest.raises(DataError, match="no column 'trace'"):
+        load_qa(path, solution_column="trace")
+
+
+def test_text_that_is_no_unicode_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "\\ud800", "answer": "1"}\n{"problem": "a", "answer": "1"}\n')
+    dataset, report = load_qa(path)
+    assert (dataset["problem"][:], report.unreadable) == (["a"], 1)
+
+
 def test_fingerprint_is_of_the_rows_kept(tmp_path: Path) -> None:
     rows = [{"problem": q, "answer": a} for q, a in PAIRS]
     first = load_qa(write(tmp_path / "a.jsonl", rows))[1].fingerprint
@@ -99,52 +125,25 @@ def test_fingerprint_is_of_the_rows_kept(tmp_path: Path) -> None:
     assert load_qa(write(tmp_path / "c.jsonl", rows[::-1]))[1].fingerprint != first
 
 
-@pytest.mark.parametrize("name", ["still", "deepscaler"])
-def test_presets_name_repo_and_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def load_dataset(repo: str, *, split: str, revision: str | None) -> datasets.Dataset:
-        asked.append((repo, split, revision))
-        return datasets.Dataset.from_dict({PRESETS[name].question_column: ["q"], "answer": ["a"], "extra": [1]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    dataset, _ = load_qa(name, revision="abc")
-    assert columns(dataset) == [("q", "a")]
-    assert asked == [(PRESETS[name].repo, "train", "abc")]
-
-
-def test_hub_columns_keep_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = datasets.Dataset.from_dict({"q": ["a", "b", ""], "a": [1, 2, 3]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    with pytest.raises(DataError, match="3 with a cell that is not text"):
-        load_qa("me/mine", question_column="q", answer_column="a")
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_questions_are_those_of_all_rows_whatever_the_answers(tmp_path: Path, suffix: str) -> None:
     rows = [{"frage": q, "antwort": a} for q, a in (("a", 1), ("b", 2), ("a", 3), ("", 4))]
     path = write(tmp_path / f"mine{suffix}", rows)
-    assert load_questions(path, "frage") == load_questions(str(path), "frage") == ["a", "b", "a", ""]
+    for source in (path, str(path)):
+        assert list(load_questions(source, "frage")) == ["a", "b", "a", ""]
     with pytest.raises(DataError, match=r"has no column 'problem'. Its columns: 'frage', 'antwort'"):
-        load_questions(path)
+        list(load_questions(path))
 
 
 def test_questions_keep_the_places_of_rows_without_one(tmp_path: Path) -> None:
     rows = [{"problem": None}, {"problem": 7}, {"answer": "1"}, {"problem": "a", "answer": ""}]
-    assert load_questions(write(tmp_path / "rows.jsonl", rows)) == ["", "", "", "a"]
+    assert list(load_questions(write(tmp_path / "rows.jsonl", rows))) == ["", "", "", "a"]
     for content in ([], rows[:3], [{"problem": " "}]):
         with pytest.raises(DataError, match="no row with a question, as text, in column 'problem'"):
-            load_questions(write(tmp_path / "none.jsonl", content))
+            list(load_questions(write(tmp_path / "none.jsonl", content)))
     with pytest.raises(DataError, match="There is no file"):
         load_questions(tmp_path / "missing.jsonl")
-
-
-def test_questions_of_presets_and_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = {"me/mine": {"frage": ["a", "b"]}, PRESETS["still"].repo: {"question": ["c"], "answer": [1]}}
-    monkeypatch.setattr(datasets, "load_dataset", lambda repo, **_: datasets.Dataset.from_dict(hub[repo]))
-    assert load_questions("me/mine", "frage") == ["a", "b"]
-    assert load_questions("still") == ["c"]
-    assert load_questions("tiny-reasoner")[:9] == load_qa("tiny-reasoner", limit=9)[0]["problem"][:]
+    assert list(load_questions("tiny-reasoner"))[:9] == load_qa("tiny-reasoner", limit=9)[0]["problem"][:]
 
 
 def test_tiny_reasoner_rows_are_verified_and_new_to_the_shipped_models() -> None:
@@ -163,7 +162,7 @@ def test_tiny_reasoner_rows_are_verified_and_new_to_the_shipped_models() -> None
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.jsonl", None, "There is no file .*none.jsonl. Presets: still, deepscaler, tiny-reasoner"),
+        ("none.jsonl", None, "There is no file .*none.jsonl. Presets: still, deepscaler, .*limr, tiny-reasoner"),
         ("rows.xlsx", b"x", "only .jsonl, .csv, .parquet files can"),
         ("rows.jsonl", b"", r"rows.jsonl has no rows"),
         ("rows.jsonl", b'{"question": "a", "answer": "1"}', r"no column 'problem'. Its columns: 'question', 'answer'"),

@@ -63,6 +63,8 @@ def test_a_better_adapter_is_called_better_and_a_rerun_answers_nothing_again(pro
     assert source["moved"]["kl"] > 0.01 and source["moved"]["update_norm"] > 1
     assert report["overlap"][str(overlap)]["counts"]["resa:chains"]["exact"] == 1
     assert report["costs"]["base"]["tokens"] > 1000
+    assert report["revisions"] == {"base": {"name": "resa_hf/tiny/base", "commit": None}} and report["tasks"] == {}
+    assert base["adapter"] is None and source["adapter"] == {"name": "resa_hf/tiny/source", "commit": None}
     assert (out / "report.png").stat().st_size > 10_000 and "pass@4 %" in (out / "report.md").read_text()
     stored = list((out / "models").glob("*/completions/*.jsonl"))
     before = {path: path.stat().st_mtime_ns for path in stored}

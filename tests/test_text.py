@@ -12,6 +12,7 @@ from resa_hf.errors import DataError
 from resa_hf.text import (
     add_text,
     cot_free_text,
+    cot_text,
     encode_prompt,
     evaluation_prompt,
     tokenize_and_pack,
@@ -75,6 +76,22 @@ def test_paper_template_is_the_released_one() -> None:
         "<answer> answer here </answer>.\n"
         "User:\n 1+1?\n\nAssistant:\n <think> 2 </think>\n<answer> Answer: 2</answer>"
     )
+
+
+def test_a_trace_stands_between_the_think_tags() -> None:
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    for template in ("paper", "chat"):
+        free = cot_free_text("1+1?", "2", template=template, tokenizer=tokenizer)
+        based = cot_text("1+1?", "One more.", "2", template=template, tokenizer=tokenizer)
+        assert based == free.replace("2", "One more.", 1)
+    assert cot_text("1+1?", "One more.", "2", template="paper").endswith(
+        "Assistant:\n <think> One more. </think>\n<answer> Answer: 2</answer>"
+    )
+    rows = datasets.Dataset.from_dict({"problem": ["a", "b"], "answer": ["1", "2"], "solution": ["x", "y"]})
+    assert add_text(rows, template="paper")["text"][:] == [
+        cot_text("a", "x", "1", template="paper"),
+        cot_text("b", "y", "2", template="paper"),
+    ]
 
 
 def test_chat_template_opens_think_once() -> None:

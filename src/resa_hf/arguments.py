@@ -118,15 +118,18 @@ class LoraArguments:
 @dataclass
 class DataArguments:
     """
-    Verified question-answer rows without reasoning traces.
+    Verified question-answer rows, without reasoning traces unless `solution_column` names them.
 
     Args:
         dataset (`str`):
             A `.jsonl`, `.csv` or `.parquet` file, a Hub dataset, or a preset.
         question_column, answer_column (`str`, *optional*):
             Its columns. `None`: the preset's, otherwise `problem` and `answer`.
+        solution_column (`str`, *optional*):
+            A column of reasoning traces, which then stand between the think tags of all text, that of Stage I, too:
+            for the paper's CoT-based SFT ablation. `None`: the text is CoT-free.
         dataset_split (`str`, *optional*, defaults to `"train"`), dataset_revision (`str`, *optional*):
-            Of a Hub dataset.
+            Of a Hub dataset. No revision: the preset's, otherwise `main`.
         limit (`int`, *optional*):
             Use this many rows at most.
         held_out (`int`, *optional*, defaults to `200`):
@@ -143,6 +146,9 @@ class DataArguments:
     dataset: str = field(default="", metadata={"help": "A .jsonl, .csv or .parquet file, a Hub dataset, or a preset."})
     question_column: str | None = field(default=None, metadata={"help": "Column with the questions."})
     answer_column: str | None = field(default=None, metadata={"help": "Column with the verified answers."})
+    solution_column: str | None = field(
+        default=None, metadata={"help": "Column with reasoning traces; default: CoT-free text."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
     limit: int | None = field(default=None, metadata={"help": "Use this many rows at most."})
@@ -152,7 +158,7 @@ class DataArguments:
     pack: bool = field(default=True, metadata={"help": "Chunks of exactly max_length; false: one document a row."})
 
     def __post_init__(self) -> None:
-        unset_none(self, "question_column", "answer_column", "dataset_revision", "limit")
+        unset_none(self, "question_column", "answer_column", "solution_column", "dataset_revision", "limit")
         if not self.dataset:
             raise ValueError("dataset is not set: name a .jsonl, .csv or .parquet file, a Hub dataset, or a preset.")
         if self.template not in ("paper", "chat"):

@@ -1,42 +1,28 @@
 """Verified question-answer rows: where they come from, which of them can be used, and what is held out."""
 
-import csv
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets.exceptions import DatasetsError
 
 from .errors import DataError
+from .on_disk import BATCH, Numbering, write_arrow
+from .presets import PRESETS, Columns, QAPreset
+from .sources import SUFFIXES, Row, Source, read_file, read_hub
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 # Chains of 3 to 8 steps, and of 3 to 5.
 TINY = {"tiny-reasoner": 8, "tiny-reasoner-short": 5}
 _TINY_ROWS = 4_000
-
-
-@dataclass(frozen=True)
-class QAPreset:
-    """A Hub dataset of question-answer rows and the columns to read from it."""
-
-    repo: str
-    question_column: str
-    answer_column: str
-
-
-PRESETS: Mapping[str, QAPreset] = {
-    "still": QAPreset("RUC-AIBOX/STILL-3-Preview-RL-Data", "question", "answer"),
-    "deepscaler": QAPreset("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer"),
-}
 # Of files, and of Hub datasets that are no preset.
-_PLAIN = QAPreset("", "problem", "answer")
+_PLAIN = QAPreset("")
+_EMPTY = {"problem": "empty_question", "answer": "empty_answer", "solution": "empty_solution"}
 
 
 @dataclass(frozen=True)
@@ -48,36 +34,52 @@ class QAReport:
             Rows looked at: all of them, or those up to the limit.
         kept (`int`):
             Rows used.
+        unreadable (`int`):
+            Rows left out because a cell cannot be read: broken JSON where a preset has JSON, or no valid text.
         non_string (`int`):
-            Rows left out because the question or the answer is neither text nor missing, a number for example.
-        empty_question (`int`), empty_answer (`int`):
+            Rows left out because a cell is neither text nor missing, a number for example.
+        empty_question (`int`), empty_answer (`int`), empty_solution (`int`):
             Rows left out because that cell is missing, empty or blank.
         repeated (`int`):
             Rows left out because their question came before, outer whitespace aside.
         fingerprint (`str`):
             SHA-256 of the rows kept, in their order.
+        repo (`str`, *optional*), commit (`str`, *optional*):
+            The Hub dataset and its commit that was read.
+        solution_column (`str`, *optional*):
+            The column of the reasoning traces, if there are any in the text.
     """
 
     rows_read: int
     kept: int
+    unreadable: int
     non_string: int
     empty_question: int
     empty_answer: int
+    empty_solution: int
     repeated: int
     fingerprint: str
+    repo: str | None = None
+    commit: str | None = None
+    solution_column: str | None = None
 
     def describe(self) -> str:
-        """One sentence, for a log line or a report."""
+        """One or two sentences, for a log line or a report."""
         reasons = (
+            (self.unreadable, "with a cell that cannot be read (broken JSON, or no valid text)"),
             (self.non_string, 'with a cell that is not text (write a number as text: "42", in quotes)'),
             (self.empty_question, "without a question"),
             (self.empty_answer, "without an answer"),
+            (self.empty_solution, "without a reasoning trace"),
             (self.repeated, "whose question came before"),
         )
         left_out = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
-        return f"{self.kept:,} of {self.rows_read:,} rows can be used" + (
+        used = f"{self.kept:,} of {self.rows_read:,} rows can be used" + (
             f"; left out: {left_out}." if left_out else "."
         )
+        if self.solution_column is None:
+            return used
+        return f"{used} CoT-based: the text holds the reasoning traces of column {self.solution_column!r}."
 
 
 def load_qa(
@@ -85,34 +87,38 @@ def load_qa(
     *,
     question_column: str | None = None,
     answer_column: str | None = None,
+    solution_column: str | None = None,
     split: str = "train",
     revision: str | None = None,
     limit: int | None = None,
 ) -> tuple[datasets.Dataset, QAReport]:
     """Reads verified question-answer rows, leaves out those that cannot be used, and reports how many and why.
 
-    Nothing is converted: a number in an answer column is not text, and its row is left out and counted.
+    Nothing is converted: a number in an answer column is not text, and its row is left out and counted. Rows are read
+    one after the other and kept on disk, so that a set may be larger than memory; nothing is read behind the limit.
 
     Args:
         source (`str` or `Path`):
-            A local `.jsonl`, `.csv` or `.parquet` file, the id of a Hub dataset, or a preset: `"still"`,
-            `"deepscaler"`, or `"tiny-reasoner"` and `"tiny-reasoner-short"` (chains of 3 to 8, and of 3 to 5 steps),
-            whose rows are generated on the spot (none that the shipped models were trained on).
+            A local `.jsonl`, `.csv` or `.parquet` file, the id of a Hub dataset, or a preset: one of `PRESETS`, or
+            `"tiny-reasoner"` and `"tiny-reasoner-short"` (chains of 3 to 8, and of 3 to 5 steps), whose rows are
+            generated on the spot (none that the shipped models were trained on).
         question_column (`str`, *optional*):
             The column with the questions. `None` means the preset's, otherwise `"problem"`.
         answer_column (`str`, *optional*):
             The column with the answers. `None` means the preset's, otherwise `"answer"`.
+        solution_column (`str`, *optional*):
+            A column with reasoning traces, to be kept, too.
         split (`str`, *optional*, defaults to `"train"`):
             The split of a Hub dataset.
         revision (`str`, *optional*):
-            The revision of a Hub dataset: a branch, a tag or a commit.
+            The revision of a Hub dataset: a branch, a tag or a commit. `None` means the preset's, otherwise `"main"`.
         limit (`int`, *optional*):
             Keep this many rows at most, the first ones. The tiny reasoner's presets make this many (4,000 without a
             limit).
 
     Returns:
-        `tuple[datasets.Dataset, QAReport]`: the rows kept, with the text columns `problem` and `answer`; and the
-        report.
+        `tuple[datasets.Dataset, QAReport]`: the rows kept, with the text columns `problem` and `answer`, and
+        `solution` if asked for; and the report.
 
     Raises:
         `DataError`: if the source cannot be read, lacks a column, is empty, or has no row that can be used.
@@ -120,14 +126,14 @@ def load_qa(
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1, or None for all rows.")
     preset = PRESETS.get(str(source), _PLAIN)
-    question, answer = question_column or preset.question_column, answer_column or preset.answer_column
-    if question == answer:
-        raise DataError(f"The questions and the answers are both to be read from column {question!r}.")
-    rows = _read(source, (question, answer), split, revision, _TINY_ROWS if limit is None else limit)
-    return _select(((row.get(question), row.get(answer)) for row in rows), str(source), limit)
+    columns = preset.columns(question_column, answer_column, solution_column)
+    if columns["problem"][0] == columns["answer"][0]:
+        raise DataError(f"The questions and the answers are both to be read from column {columns['answer'][0]!r}.")
+    opened = _open(source, preset, columns, split, revision, _TINY_ROWS if limit is None else limit)
+    return _select(opened, columns, str(source), limit)
 
 
-def load_questions(source: str | Path, question_column: str | None = None) -> list[str]:
+def load_questions(source: str | Path, question_column: str | None = None) -> Iterator[str]:
     """Reads the questions alone, to look for them elsewhere: of all rows, whatever their answers are.
 
     Args:
@@ -135,76 +141,127 @@ def load_questions(source: str | Path, question_column: str | None = None) -> li
             As in [`load_qa`]; of a Hub dataset, the split `train`.
 
     Returns:
-        `list[str]`: one a row, in the rows' order; `""` where it is missing or not text.
+        `Iterator[str]`: one a row, in the rows' order; `""` where it is missing or not text.
 
     Raises:
-        `DataError`: if the source cannot be read, lacks the column, or has no question.
+        `DataError`: if the source cannot be read, lacks the column, or (at its end) has no question.
     """
-    column = question_column or PRESETS.get(str(source), _PLAIN).question_column
-    cells = [row.get(column) for row in _read(source, (column,))]
-    questions = [cell if isinstance(cell, str) else "" for cell in cells]
-    if not any(question.strip() for question in questions):
-        raise DataError(f"{source} has no row with a question, as text, in column {column!r}.")
-    return questions
+    preset = PRESETS.get(str(source), _PLAIN)
+    columns = {"problem": preset.columns(question_column)["problem"]}
+    return _questions(_open(source, preset, columns), columns, str(source))
 
 
-def _read(
+def _questions(opened: Source, columns: Columns, source: str) -> Iterator[str]:
+    found = False
+    for row in opened.rows:
+        cells = _cells(row, columns)
+        question = cells[0] if cells and isinstance(cells[0], str) else ""
+        found = found or bool(question.strip())
+        yield question
+    if not found:
+        _check_columns(opened, columns, source)
+        raise DataError(f"{source} has no row with a question, as text, in column {columns['problem'][0]!r}.")
+
+
+def _open(
     source: str | Path,
-    wanted: Sequence[str],
+    preset: QAPreset,
+    columns: Columns,
     split: str = "train",
     revision: str | None = None,
     tiny_rows: int = _TINY_ROWS,
-) -> Iterable[Mapping[str, Any]]:
-    preset = PRESETS.get(str(source))
+) -> Source:
+    wanted = [column for column, _ in columns.values()]
     if str(source) in TINY:
-        rows, columns = _tiny_rows(tiny_rows, TINY[str(source)])
-    elif preset is None and _is_file(source):
-        rows, columns = read_file(Path(source).expanduser())
+        opened = _tiny_rows(tiny_rows, TINY[str(source)])
+    elif not preset.repo and _is_file(source):
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise DataError(
+                f"There is no file {path}. Presets: {', '.join((*PRESETS, *TINY))}. "
+                "A Hub dataset is spelled owner/name."
+            )
+        opened = read_file(path, wanted)
     else:
-        rows, columns = _read_hub(preset.repo if preset else str(source), split, revision)
-    missing = [column for column in wanted if column not in columns]
-    # An empty .jsonl has no columns; that it has no rows is said by the callers.
-    if missing and columns:
+        opened = read_hub(
+            preset.repo or str(source),
+            config=preset.config,
+            split=split,
+            revision=revision or preset.revision,
+            wanted=wanted,
+        )
+    _check_columns(opened, columns, str(source))
+    return opened
+
+
+def _check_columns(opened: Source, columns: Columns, source: str) -> None:
+    missing = [column for column, _ in columns.values() if column not in opened.columns]
+    # The columns of a .jsonl are known when it has been read; that it has no rows is said by the callers.
+    if missing and opened.columns:
         raise DataError(
             f"{source} has no column {' and no column '.join(map(repr, missing))}. "
-            f"Its columns: {', '.join(map(repr, columns))}."
+            f"Its columns: {', '.join(map(repr, opened.columns))}."
         )
-    return rows
 
 
-def _select(pairs: Iterable[tuple[Any, Any]], source: str, limit: int | None) -> tuple[datasets.Dataset, QAReport]:
-    counts = dict.fromkeys(("rows_read", "non_string", "empty_question", "empty_answer", "repeated"), 0)
-    kept: list[tuple[str, str]] = []
-    seen: set[str] = set()
+def _select(opened: Source, columns: Columns, source: str, limit: int | None) -> tuple[datasets.Dataset, QAReport]:
+    counts = dict.fromkeys(("rows_read", "kept", "unreadable", "non_string", *_EMPTY.values(), "repeated"), 0)
     digest = hashlib.sha256()
-    for question, answer in pairs:
-        counts["rows_read"] += 1
-        reason = _reason_to_leave_out(question, answer, seen)
-        if reason:
-            counts[reason] += 1
-            continue
-        seen.add(question.strip())
-        kept.append((question, answer))
-        digest.update(json.dumps([question, answer]).encode() + b"\n")
-        if len(kept) == limit:
-            break
+
+    def kept() -> Iterator[list[str]]:
+        with Numbering() as questions:
+            for row in opened.rows:
+                counts["rows_read"] += 1
+                cells = _cells(row, columns)
+                reason = _reason_to_leave_out(cells)
+                if reason is None and questions(cells[0].strip()) < counts["kept"]:
+                    reason = "repeated"
+                if reason is not None:
+                    counts[reason] += 1
+                    continue
+                counts["kept"] += 1
+                digest.update(json.dumps(cells).encode() + b"\n")
+                yield cells
+                if counts["kept"] == limit:
+                    return
+
+    dataset = write_arrow(kept(), pa.schema([(name, pa.string()) for name in columns]))
     if not counts["rows_read"]:
         raise DataError(f"{source} has no rows.")
-    report = QAReport(kept=len(kept), fingerprint=digest.hexdigest(), **counts)
-    if not kept:
+    report = QAReport(
+        fingerprint=digest.hexdigest(),
+        repo=opened.repo,
+        commit=opened.commit,
+        solution_column=columns["solution"][0] if "solution" in columns else None,
+        **counts,
+    )
+    if not report.kept:
+        _check_columns(opened, columns, source)
         raise DataError(f"{source}: {report.describe()}")
-    return datasets.Dataset.from_dict({"problem": [q for q, _ in kept], "answer": [a for _, a in kept]}), report
+    return dataset, report
 
 
-def _reason_to_leave_out(question: Any, answer: Any, seen: set[str]) -> str | None:
-    question, answer = (("" if cell is None else cell) for cell in (question, answer))
-    if not isinstance(question, str) or not isinstance(answer, str):
+def _cells(row: Row, columns: Columns) -> list[Any]:
+    """The cells of a row, `""` for what is missing; nothing if one of them cannot be read."""
+    cells = []
+    try:
+        for column, read in columns.values():
+            cell = row.get(column)
+            cell = None if cell is None else read(cell)
+            cells.append("" if cell is None else cell)
+            if isinstance(cell, str):
+                cell.encode()
+    except (ValueError, TypeError, LookupError):
+        return []
+    return cells
+
+
+def _reason_to_leave_out(cells: Sequence[Any]) -> str | None:
+    if not cells:
+        return "unreadable"
+    if not all(isinstance(cell, str) for cell in cells):
         return "non_string"
-    if not question.strip():
-        return "empty_question"
-    if not answer.strip():
-        return "empty_answer"
-    return "repeated" if question.strip() in seen else None
+    return next((reason for cell, reason in zip(cells, _EMPTY.values(), strict=False) if not cell.strip()), None)
 
 
 def hold_out(dataset: datasets.Dataset, size: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -224,98 +281,37 @@ def hold_out(dataset: datasets.Dataset, size: int, seed: int) -> tuple[datasets.
     Raises:
         `DataError`: if `size` is below 1, or if no question would be left to train on.
     """
-    questions = [question.strip() for question in dataset["problem"]]
-    distinct = list(dict.fromkeys(questions))
-    if not 1 <= size < len(distinct):
+    with Numbering() as questions:
+        numbers = np.fromiter(
+            (
+                questions(problem.strip())
+                for batch in dataset.select_columns("problem").iter(BATCH)
+                for problem in batch["problem"]
+            ),
+            dtype=np.int64,
+            count=len(dataset),
+        )
+        distinct = len(questions)
+    if not 1 <= size < distinct:
         raise DataError(
-            f"Cannot hold out {size:,} of {len(distinct):,} questions: "
+            f"Cannot hold out {size:,} of {distinct:,} questions: "
             f"at least one must be held out, and at least one left to train on."
         )
-    held = set(random.Random(seed).sample(distinct, size))
-    train = [index for index, question in enumerate(questions) if question not in held]
-    rest = [index for index, question in enumerate(questions) if question in held]
-    return dataset.select(train), dataset.select(rest)
-
-
-Rows = tuple[Iterable[Mapping[str, Any]], Sequence[str]]
+    held = np.isin(numbers, random.Random(seed).sample(range(distinct), size))
+    return dataset.select(np.flatnonzero(~held)), dataset.select(np.flatnonzero(held))
 
 
 def _is_file(source: str | Path) -> bool:
-    """A path, rather than a Hub id (`owner/name`). Whether it is there is for `read_file` to say."""
+    """A path, rather than a Hub id (`owner/name`). Whether it is there is said elsewhere."""
     if isinstance(source, Path) or source.count("/") != 1:
         return True
     path = Path(source).expanduser()
     return path.exists() or path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~"))
 
 
-def read_file(path: Path) -> Rows:
-    """The rows of a `.jsonl`, `.csv` or `.parquet` file, and its columns.
-
-    Raises:
-        `DataError`: if it is not there, of another kind, or cannot be read.
-    """
-    suffix = path.suffix.lower()
-    if not path.exists():
-        raise DataError(
-            f"There is no file {path}. Presets: {', '.join((*PRESETS, *TINY))}. A Hub dataset is spelled owner/name."
-        )
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; give one file: {', '.join(SUFFIXES)}.")
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path} cannot be read; only {', '.join(SUFFIXES)} files can.")
-    try:
-        if suffix == ".jsonl":
-            rows = list(_json_rows(path))
-            return rows, list(dict.fromkeys(column for row in rows for column in row))
-        if suffix == ".csv":
-            return _csv_rows(path)
-        table = pq.read_table(path)
-        return table.to_pylist(), table.column_names
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as {suffix}: {error}") from error
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"Line {number} of {path} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"Line {number} of {path} is not a JSON object with one entry a column.")
-            yield row
-
-
-def _csv_rows(path: Path) -> Rows:
-    # Not pandas: every cell stays text, and "NA" is an answer. Excel writes a byte order mark, hence utf-8-sig.
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        rows = list(reader)
-        for number, row in enumerate(rows, start=1):
-            if None in row:
-                raise DataError(
-                    f"Row {number} of {path} has more cells than the header has columns. "
-                    'A cell with a comma in it must be in quotes: "1,000".'
-                )
-        return rows, list(reader.fieldnames or ())
-
-
-def _read_hub(repo: str, split: str, revision: str | None) -> Rows:
-    try:
-        dataset = datasets.load_dataset(repo, split=split, revision=revision)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"Hub dataset {repo!r} (split {split!r}, revision {revision or 'main'!r}) cannot be loaded, "
-            f"and there is no file of that name: {error}"
-        ) from error
-    return dataset, dataset.column_names
-
-
-def _tiny_rows(count: int, max_steps: int) -> Rows:
+def _tiny_rows(count: int, max_steps: int) -> Source:
     from .tiny.task import make_rows, training_questions
 
     # What the shipped models were trained on is left out, so that any part of these rows may be held out.
-    return make_rows(count, seed=0, exclude=training_questions(), max_steps=max_steps), ("problem", "answer")
+    rows = make_rows(count, seed=0, exclude=training_questions(), max_steps=max_steps)
+    return Source(iter(rows), ("problem", "answer"))

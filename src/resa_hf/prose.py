@@ -7,8 +7,8 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetsError
 
-from .data import SUFFIXES
 from .errors import DataError
+from .sources import SUFFIXES
 
 PYTHON_DOCS = "python-docs"
 

@@ -1,16 +1,22 @@
 """CoT-free text from question-answer rows, and its way into chunks of tokens."""
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import datasets
+import pyarrow as pa
 
 from .errors import DataError
+from .on_disk import BATCH, write_arrow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["paper", "chat"]
+
+_TOKENS = pa.schema([("input_ids", pa.list_(pa.int32()))])
 
 # The prompt of DeepSeek-R1 (huggingface.co/papers/2501.12948, table 1);
 # its line breaks are the released Resa code's.
@@ -105,26 +111,45 @@ def cot_free_text(
     Raises:
         `DataError`: as `evaluation_prompt` does.
     """
+    return cot_text(problem, answer, answer, template=template, tokenizer=tokenizer)
+
+
+def cot_text(
+    problem: str, trace: str, answer: str, *, template: Template, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> str:
+    """The document of the paper's CoT-based SFT ablation: a reasoning trace stands between the think tags.
+
+    Args:
+        trace (`str`):
+            The reasoning.
+
+    The other args and the errors are those of `cot_free_text`.
+    """
     prompt = evaluation_prompt(problem, template=template, tokenizer=tokenizer)
     if template == "paper":
-        return f"{prompt} {answer} </think>\n<answer> Answer: {answer}</answer>"
+        return f"{prompt} {trace} </think>\n<answer> Answer: {answer}</answer>"
     # Behind the chat template, not through it: DeepSeek-R1's drops everything before `</think>`.
-    return f"{prompt}{answer}</think><answer>{answer}</answer>"
+    return f"{prompt}{trace}</think><answer>{answer}</answer>"
 
 
 def add_text(
     dataset: datasets.Dataset, *, template: Template, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> datasets.Dataset:
-    """Adds the column `text`, the CoT-free text of each row, to rows with `problem` and `answer`.
+    """Adds the column `text` to rows with `problem` and `answer`: CoT-based where they have `solution`, else CoT-free.
 
     Raises:
         `DataError`: as `evaluation_prompt` does.
     """
-    text = [
-        cot_free_text(problem, answer, template=template, tokenizer=tokenizer)
-        for problem, answer in zip(dataset["problem"], dataset["answer"], strict=True)
-    ]
-    return dataset.add_column("text", text)
+    trace = "solution" if "solution" in dataset.column_names else "answer"
+
+    def rows() -> Iterator[list[str]]:
+        for batch in dataset.iter(BATCH):
+            for cells in zip(*batch.values(), strict=True):
+                row = dict(zip(batch, cells, strict=True))
+                text = cot_text(row["problem"], row[trace], row["answer"], template=template, tokenizer=tokenizer)
+                yield [*cells, text]
+
+    return write_arrow(rows(), dataset.features.arrow_schema.append(pa.field("text", pa.string())))
 
 
 def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -158,35 +183,29 @@ def tokenize_and_pack(
     Raises:
         `DataError`: if the tokenizer has no EOS, or if the documents do not fill one chunk.
     """
-    from trl import pack_dataset
-
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError("The tokenizer has no EOS token, so documents cannot be told apart. Set tokenizer.eos_token.")
-    if max_length < 2:
-        raise DataError(f"max_length is {max_length}; a chunk needs at least 2 tokens.")
-    texts = list(dataset["text"])
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False) if texts else {}
-    documents = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded.get("input_ids", [])]
-    tokens = sum(map(len, documents))
-    bos = _leading_bos(texts[0], tokenizer) if texts else []
+    _check(tokenizer, max_length)
+    bos = _leading_bos(dataset[0]["text"], tokenizer) if len(dataset) else []
     length = max_length - len(bos)
-    chunks = tokens // length
-    if not chunks:
+    counts: Counter[str] = Counter()
+
+    def chunks() -> Iterator[list[list[int]]]:
+        # Not TRL's packing: it cuts a short chunk at the end of each batch.
+        rest: list[int] = []
+        for _, ids in _documents(dataset, tokenizer):
+            counts.update(documents=1, tokens=len(ids))
+            rest += ids
+            full = len(rest) // length * length
+            yield from ([[*bos, *rest[start : start + length]]] for start in range(0, full, length))
+            del rest[:full]
+
+    packed = write_arrow(chunks(), _TOKENS)
+    documents, tokens = counts["documents"], counts["tokens"]
+    if not len(packed):
         raise DataError(
-            f"{len(documents):,} documents of {tokens:,} tokens do not fill one chunk of {max_length:,}. "
+            f"{documents:,} documents of {tokens:,} tokens do not fill one chunk of {max_length:,}. "
             "Give more rows, or lower max_length."
         )
-    # One batch: TRL cuts a short chunk at the end of each.
-    packed = pack_dataset(
-        datasets.Dataset.from_dict({"input_ids": documents}),
-        length,
-        "wrapped",
-        {"batch_size": len(documents), "desc": "Packing"},
-    ).select(range(chunks))
-    if bos:
-        packed = packed.map(lambda row: {"input_ids": [*bos, *row["input_ids"]]})
-    return packed, TokenReport(len(documents), tokens, chunks, tokens - chunks * length, max_length)
+    return packed, TokenReport(documents, tokens, len(packed), tokens - len(packed) * length, max_length)
 
 
 def tokenize_documents(
@@ -198,19 +217,37 @@ def tokenize_documents(
 
     Args, returns and errors are those of `tokenize_and_pack`; rows differ in length, so batches get padding.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    _check(tokenizer, max_length)
+    counts: Counter[str] = Counter()
+
+    def rows() -> Iterator[list[list[int]]]:
+        for text, ids in _documents(dataset, tokenizer):
+            whole = [*_leading_bos(text, tokenizer), *ids]
+            counts.update(tokens=len(whole), dropped=max(0, len(whole) - max_length))
+            yield [whole[:max_length]]
+
+    cut = write_arrow(rows(), _TOKENS)
+    if not len(cut):
+        raise DataError("There are no documents.")
+    report = TokenReport(len(cut), counts["tokens"], len(cut), counts["dropped"], max_length, packed=False)
+    return cut, report
+
+
+def _check(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> None:
+    if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no EOS token, so documents have no end. Set tokenizer.eos_token.")
     if max_length < 2:
-        raise DataError(f"max_length is {max_length}; a document needs at least 2 tokens.")
-    documents = [encode_prompt(text, tokenizer) for text in dataset["text"]]
-    documents = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in documents]
-    if not documents:
-        raise DataError("There are no documents.")
-    tokens = sum(map(len, documents))
-    rows = [ids[:max_length] for ids in documents]
-    report = TokenReport(len(rows), tokens, len(rows), tokens - sum(map(len, rows)), max_length, packed=False)
-    return datasets.Dataset.from_dict({"input_ids": rows}), report
+        raise DataError(f"max_length is {max_length}; it must be at least 2 tokens.")
+
+
+def _documents(dataset: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, list[int]]]:
+    """Each text with its token ids, one EOS at the end of them and no BOS in front."""
+    eos = tokenizer.eos_token_id
+    for batch in dataset.select_columns("text").iter(BATCH):
+        texts = batch["text"]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for text, ids in zip(texts, encoded, strict=True):
+            yield text, ids if ids[-1:] == [eos] else [*ids, eos]
 
 
 def _leading_bos(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -1,18 +1,20 @@
-"""The data of a run: split by question, written as CoT-free text, packed, and reported before anything is trained."""
+"""The data of a run: split by question, written as text, packed, and reported before anything is trained."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import DataArguments
 from ..data import QAReport, hold_out, load_qa
 from ..errors import DataError
 from ..models import check_same_vocabulary, load_tokenizer
+from ..on_disk import BATCH, write_arrow
 from ..prose import load_prose
 from ..text import Template, TokenReport, add_text, evaluation_prompt, tokenize_and_pack, tokenize_documents
 from .folder import RunFolder, read_json, write_json
@@ -24,7 +26,9 @@ MEASURED_DOCUMENTS = (
 )
 
 
-def prepare(folder: RunFolder, run: RunArguments, max_length: int, prose: bool = False) -> dict[str, Any]:
+def prepare(
+    folder: RunFolder, run: RunArguments, max_length: int, prose: bool = False, source_teaches: bool = False
+) -> dict[str, Any]:
     """Writes the tokens of the training and held-out text, and the questions, unless they are there.
 
     Args:
@@ -32,6 +36,8 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int, prose: bool =
         run (`RunArguments`): which data.
         max_length (`int`): tokens in a row.
         prose (`bool`, *optional*, defaults to `False`): whether plain text is needed, too.
+        source_teaches (`bool`, *optional*, defaults to `False`): whether the source is some arm's teacher; its special
+            tokens must then be the target's, too.
 
     Returns:
         `dict`: what was read, kept, left out and counted; also in `data/data.json`.
@@ -54,7 +60,7 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int, prose: bool =
         if not prose or "prose" in report["tokens"]:
             return report
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
-    _check_tokenizers(run, tokenizer)
+    _check_tokenizers(run, tokenizer, source_teaches)
     train, held_out = hold_out(rows, run.held_out, run.split_seed)
     questions = {"held_out": _questions(held_out, run.template, load_answering_tokenizer(run))}
     if run.selection:
@@ -69,7 +75,12 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int, prose: bool =
         tokens["prose"] = _write_prose(folder, run, tokenizer, max_length)
     report = {
         "dataset": run.dataset,
+        "dataset_repo": qa.repo,
+        "dataset_commit": qa.commit,
         "trigger_dataset": run.trigger_dataset,
+        "trigger_dataset_repo": trigger_qa.repo,
+        "trigger_dataset_commit": trigger_qa.commit,
+        "solution_column": run.solution_column,
         "rows": qa.describe(),
         "rows_read": qa.rows_read,
         "kept": qa.kept,
@@ -85,11 +96,15 @@ def prepare(folder: RunFolder, run: RunArguments, max_length: int, prose: bool =
     return report
 
 
-def _check_tokenizers(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    others = {run.source_model: run.source_revision, run.evaluate_on: run.evaluate_on_revision}
-    for name, revision in others.items():
+def _check_tokenizers(run: RunArguments, tokenizer: PreTrainedTokenizerBase, source_teaches: bool) -> None:
+    # A source that is read, and a sibling that is moved to, may name their special tokens otherwise (Table 5's do).
+    others = (
+        (run.source_model, run.source_revision, source_teaches),
+        (run.evaluate_on, run.evaluate_on_revision, False),
+    )
+    for name, revision, added in others:
         if name is not None:
-            check_same_vocabulary(tokenizer, load_tokenizer(name, revision=revision))
+            check_same_vocabulary(tokenizer, load_tokenizer(name, revision=revision), added=added)
 
 
 def _write_tokens(
@@ -115,18 +130,22 @@ def _write_prose(
 ) -> dict[str, Any]:
     """Prose in rows as many and as long as those of the questions: an SAE that saw more would not be matched."""
     questions = datasets.load_from_disk(folder.data("trigger" if run.trigger_dataset else "train"))
-    ends = np.cumsum([len(ids) for ids in questions["input_ids"]])
     tokenized, _ = tokenize_text(load_prose(run.prose), run, tokenizer, max_length)
-    stream = [token for ids in tokenized["input_ids"] for token in ids]
-    if len(stream) < ends[-1]:
+    available, tokens = (sum(len(ids) for ids in _token_rows(rows)) for rows in (tokenized, questions))
+    if available < tokens:
         raise DataError(
-            f"{run.prose} has {len(stream):,} tokens of prose, but the SAE of the questions reads {ends[-1]:,}: name "
+            f"{run.prose} has {available:,} tokens of prose, but the SAE of the questions reads {tokens:,}: name "
             "a longer text in `prose`."
         )
-    rows = [stream[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    _save(datasets.Dataset.from_dict({"input_ids": rows}), folder.data("prose"))
-    tokens = int(ends[-1])
-    return {"rows": len(rows), "tokens": tokens, "chunks": len(rows), "describe": f"{tokens:,} tokens of prose."}
+    stream = chain.from_iterable(_token_rows(tokenized))
+    rows = ([list(islice(stream, len(ids)))] for ids in _token_rows(questions))
+    _save(write_arrow(rows, questions.features.arrow_schema), folder.data("prose"))
+    told = f"{tokens:,} tokens of prose."
+    return {"rows": len(questions), "tokens": tokens, "chunks": len(questions), "describe": told}
+
+
+def _token_rows(rows: datasets.Dataset) -> Iterator[list[int]]:
+    return chain.from_iterable(batch["input_ids"] for batch in rows.iter(BATCH))
 
 
 def load_rows(data: DataArguments) -> tuple[datasets.Dataset, QAReport]:
@@ -135,6 +154,7 @@ def load_rows(data: DataArguments) -> tuple[datasets.Dataset, QAReport]:
         data.dataset,
         question_column=data.question_column,
         answer_column=data.answer_column,
+        solution_column=data.solution_column,
         split=data.dataset_split,
         revision=data.dataset_revision,
         limit=data.limit,
@@ -144,7 +164,7 @@ def load_rows(data: DataArguments) -> tuple[datasets.Dataset, QAReport]:
 def tokenize(
     rows: datasets.Dataset, data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[datasets.Dataset, TokenReport]:
-    """The CoT-free text of rows as tokens: chunks of exactly `max_length`, or one document a row."""
+    """The text of rows, as `add_text` writes it, as tokens: chunks of exactly `max_length`, or one document a row."""
     return tokenize_text(add_text(rows, template=data.template, tokenizer=tokenizer), data, tokenizer, max_length)
 
 
