@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-hub2 lint bench
+.PHONY: help install demo test test-fast test-hub2 test-recipes lint bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ test-hub2:  ## the fast tests with huggingface_hub 2 and the newest math-verify,
 	$(VENV)-hub2/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(VENV)-hub2/constraints.txt -e '.[dev]' 'huggingface_hub>=2,<3' 'math-verify>=0.9'
 	OMP_NUM_THREADS=1 $(VENV)-hub2/bin/python -m pytest -n 2 -m 'not gpu and not slow' $(ARGS)
+
+test-recipes: install  ## every recipe on tiny stand-ins of its models, on a local Hub; takes hours
+	RESA_ALL_RECIPES=1 $(PYTEST) tests/test_recipes_on_hub.py $(ARGS)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

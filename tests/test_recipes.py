@@ -25,7 +25,10 @@ def parse(path, *flags):
     return parse_flat(types, ["--config", str(path), *flags], "test", "")[0]
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*/*.yaml")), ids=lambda p: "/".join(p.parts[-3:]))
+ALL = pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*/*.yaml")), ids=lambda path: "/".join(path.parts[-3:]))
+
+
+@ALL
 def test_recipe_parses_and_an_unknown_key_in_it_does_not(path, tmp_path):
     parse(path)
     changed = tmp_path / path.parent.name / path.name
@@ -33,6 +36,27 @@ def test_recipe_parses_and_an_unknown_key_in_it_does_not(path, tmp_path):
     changed.write_text(path.read_text() + "\nlearning_rat: 1\n")
     with pytest.raises(ValueError, match="unknown keys: learning_rat"):
         parse(changed)
+
+
+@ALL
+def test_every_key_of_a_recipe_counts(path, tmp_path):
+    recipe = yaml.safe_load(path.read_text())
+    sections = {name: recipe[name] for name in ("stage1", "stage2", "sampling") if name in recipe}
+    top = {key: value for key, value in recipe.items() if key not in (*sections, "arms")}
+    variants = {None: top, **sections}
+    for name, keys in variants.items():
+        misspelt = {f"{key}x": value for key, value in keys.items()}
+        text = (
+            {**recipe, name: misspelt}
+            if name
+            else {**misspelt, **{key: recipe[key] for key in recipe.keys() - top.keys()}}
+        )
+        changed = tmp_path / path.parent.name / f"{name}.yaml"
+        changed.parent.mkdir(exist_ok=True)
+        changed.write_text(yaml.safe_dump(text))
+        with pytest.raises(ValueError, match="unknown keys: ") as refused:
+            parse(changed)
+        assert set(str(refused.value).partition("unknown keys: ")[2].rstrip(".").split(", ")) == set(misspelt)
 
 
 def test_every_kind_of_recipe_is_there():

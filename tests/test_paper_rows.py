@@ -1,0 +1,202 @@
+"""The recipes against the paper's tables, typed here from arXiv 2506.09967v2, and against their READMEs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from test_recipes import parse
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+R1, MATH, QWEN = "deepseek-r1-distill-qwen-1.5b", "qwen2.5-math-1.5b", "qwen2.5-1.5b"
+LLAMA, QWEN3 = "llama-3.2-1b", "qwen3-1.7b"
+
+# Tables 1 and 5: row, source model, target model, trigger data, elicitation data, SAE training mode.
+ROWS = """
+Resa-STILL-v1             Tina-STILL        R1-Distill  STILL       STILL       Fine-tuned
+Resa-STILL-v2             -                 R1-Distill  -           STILL       Pre-trained
+Resa-STILL-v3             Tina-STILL        R1-Distill  STILL       STILL       Trained-from-Scratch
+Resa-STILL-v4             R1-Distill        R1-Distill  STILL       STILL       Fine-tuned
+Resa-STILL-v5             R1-Distill        R1-Distill  STILL       STILL       Trained-from-Scratch
+Resa-DeepScaleR-v1        Tina-DeepScaleR   R1-Distill  DeepScaleR  DeepScaleR  Fine-tuned
+Resa-DeepScaleR-v2        Tina-DeepScaleR   R1-Distill  DeepScaleR  DeepScaleR  Trained-from-Scratch
+Resa-DeepScaleR-v3        R1-Distill        R1-Distill  DeepScaleR  DeepScaleR  Trained-from-Scratch
+Resa-DeepScaleR-v4        Tina-STILL        R1-Distill  STILL       DeepScaleR  Fine-tuned
+Resa-STILL2Open-S1        Tina-STILL        R1-Distill  STILL       Open-S1     Fine-tuned
+Resa-STILL2II-Thought     Tina-STILL        R1-Distill  STILL       II-Thought  Fine-tuned
+Resa-STILL2OpenR1         Tina-STILL        R1-Distill  STILL       OpenR1      Fine-tuned
+"""
+# The same components where a row's source can exist, which for the siblings is the model itself.
+SIBLING_ROWS = """
+Resa-STILL-v2             -                 self        -           STILL       Pre-trained
+Resa-STILL-v4             self              self        STILL       STILL       Fine-tuned
+Resa-STILL-v5             self              self        STILL       STILL       Trained-from-Scratch
+Resa-DeepScaleR-v3        self              self        DeepScaleR  DeepScaleR  Trained-from-Scratch
+"""
+ADAPTER_ROW = "{}  Tina-STILL  self  STILL  STILL  Fine-tuned"
+OTHER_FAMILIES = {LLAMA: ("Resa-STILL-v4", "Resa-STILL-v5"), QWEN3: ("Resa-STILL-v5",)}
+
+MODELS = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "R1-Distill",
+    "Tina-Yi/R1-Distill-Qwen-1.5B-STILL/checkpoint-2000": "Tina-STILL",
+    "Tina-Yi/R1-Distill-Qwen-1.5B-DeepScaleR/checkpoint-1000": "Tina-DeepScaleR",
+}
+DATASETS = {
+    "still": "STILL",
+    "deepscaler": "DeepScaleR",
+    "open-s1": "Open-S1",
+    "ii-thought": "II-Thought",
+    "openr1-math": "OpenR1",
+}
+SIX = ["resa:aime24", "resa:aime25", "resa:amc23", "resa:math_500", "resa:gpqa_diamond", "resa:minerva"]
+REVISIONS = {"model_revision", "source_revision", "evaluate_on_revision", "sae_revision", "initial_sae_revision"}
+
+
+def read(folder, kind, name):
+    return yaml.safe_load((RECIPES / folder / kind / f"{name}.yaml").read_text())
+
+
+def components(recipe):
+    """What a recipe says, as the paper's Table 1 would."""
+    stage1 = recipe.get("stage1")
+    mode = "Pre-trained" if stage1 is None else "Fine-tuned" if "initial_sae" in stage1 else "Trained-from-Scratch"
+    own = MODELS.get(recipe["model_name_or_path"], "self")
+    source = MODELS[recipe["source_adapter"]] if "source_adapter" in recipe else own
+    trigger = DATASETS[recipe.get("trigger_dataset", recipe["dataset"])]
+    source, trigger = ("-", "-") if stage1 is None else (source, trigger)
+    return [source, own, trigger, DATASETS[recipe["dataset"]], mode]
+
+
+def rows():
+    table = [(R1, line.split()) for line in ROWS.strip().splitlines()]
+    table += [(folder, line.split()) for folder in (MATH, QWEN) for line in SIBLING_ROWS.strip().splitlines()]
+    table += [(MATH, ADAPTER_ROW.format("Resa-STILL-Qwen-Math-Adapter").split())]
+    table += [(QWEN, ADAPTER_ROW.format("Resa-STILL-Qwen-Adapter").split())]
+    like = {line.split()[0]: line.split() for line in SIBLING_ROWS.strip().splitlines()}
+    return table + [(folder, like[name]) for folder, names in OTHER_FAMILIES.items() for name in names]
+
+
+@pytest.mark.parametrize(("folder", "row"), rows(), ids=lambda value: value if isinstance(value, str) else value[0])
+def test_a_row_of_tables_1_and_5(folder, row):
+    recipe = read(folder, "run", row[0].lower())
+    assert components(recipe) == row[1:]
+    assert recipe["tasks"] == SIX
+    # Table 7, and the paper's two GPUs with one sequence each: 1,448 steps an epoch of STILL (Table 8).
+    stage2 = recipe["stage2"]
+    assert [recipe[key] for key in ("lora_r", "lora_alpha", "lora_dropout")] == [32, 128, 0.05]
+    assert recipe["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (stage2["learning_rate"], stage2["num_train_epochs"], stage2["lr_scheduler_type"]) == (
+        *(1e-6, 2),
+        "cosine_with_min_lr",
+    )
+    assert stage2["per_device_train_batch_size"] * stage2["gradient_accumulation_steps"] == 2
+    assert (stage2["max_length"], stage2["kl_beta"], stage2["sae_gradient"]) == (2048, 1.0, "flow")
+    if recipe.get("stage1"):
+        stage1 = recipe["stage1"]
+        assert (stage1["k"], stage1["sae_optimizer"], stage1["learning_rate"]) == (32, "signum", 2.5e-4)
+        assert (stage1["per_device_train_batch_size"], stage1["num_train_epochs"]) == (16, 1)
+        assert stage1["dead_after_tokens"] == 1_000_000
+        llama_sae = folder == LLAMA and row[-1] == "Fine-tuned"
+        assert stage1["num_latents"] == (131_072 if llama_sae else 65_536)
+    # "The output of the MLP submodule after the 12th layer (out of 28)"; elsewhere the middle one.
+    (hookpoint,) = recipe["stage1"]["hookpoints"] if recipe.get("stage1") else [recipe["sae_id"]]
+    assert hookpoint == {LLAMA: "layers.8.mlp", QWEN3: "layers.14.mlp"}.get(folder, "layers.12.mlp")
+    start = (recipe.get("stage1") or {}).get("initial_sae", recipe.get("sae"))
+    published = "sae-Llama-3.2-1B-131k" if folder == LLAMA else "sae-DeepSeek-R1-Distill-Qwen-1.5B-65k"
+    assert start == (None if row[-1] == "Trained-from-Scratch" else f"EleutherAI/{published}")
+
+
+@pytest.mark.parametrize("folder", [MATH, QWEN])
+def test_the_adapters_of_table_5_are_moved_to_r1_distill(folder):
+    name = {MATH: "resa-still-qwen-math-adapter", QWEN: "resa-still-qwen-adapter"}[folder]
+    recipe = read(folder, "run", name)
+    assert MODELS[recipe["evaluate_on"]] == MODELS[recipe["source_model"]] == "R1-Distill"
+    assert recipe["evaluate_on_revision"] == recipe["source_revision"] == read(R1, "run", "paper")["model_revision"]
+    others = [path for path in (RECIPES / folder / "run").glob("*.yaml") if path.stem != name]
+    assert not any("evaluate_on" in yaml.safe_load(path.read_text()) for path in others)
+
+
+def test_every_row_is_there_and_no_other():
+    named = {(folder, row[0].lower()) for folder, row in rows()}
+    found = {(path.parts[-3], path.stem) for path in RECIPES.glob("*/run/resa-*.yaml")}
+    assert found == named
+
+
+@pytest.mark.parametrize("folder", [R1, MATH, QWEN])
+def test_the_sweep_has_one_arm_for_each_layer_of_table_6(folder):
+    recipe = read(folder, "compare", "hookpoints")
+    # Resa-STILL-2nd-Layer to -27th-Layer; the 13th has the scores of Resa-STILL-v1, which is layers.12 counted from 0.
+    hookpoints = [f"layers.{layer - 1}.mlp" for layer in range(2, 28)]
+    assert recipe["stage1"]["hookpoints"] == hookpoints
+    swept = {name: arm["sae_id"] for name, arm in recipe["arms"].items() if "control" not in arm}
+    assert swept == {f"layer {number}": hookpoints[number - 2] for number in range(2, 28)}
+    assert components(recipe)[0] == {R1: "Tina-STILL"}.get(folder, "self")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "dataset", "traces", "batch"),
+    [
+        *((folder, "cot-free-sft", "still", None, 32) for folder in (R1, MATH, QWEN, LLAMA, QWEN3)),
+        *((folder, "cot-based-sft", "deepscaler", "solution", 16) for folder in (R1, MATH, QWEN)),
+    ],
+)
+def test_the_sft_ablations(folder, name, dataset, traces, batch):
+    recipe = read(folder, "run", name)
+    (arm,) = recipe["arms"].values()
+    assert arm == {"sae_from": "none", "kl_weight": 0.0, "sft_weight": 1.0}
+    assert (recipe["dataset"], recipe.get("solution_column"), recipe["pack"]) == (dataset, traces, False)
+    stage2 = recipe["stage2"]
+    # The released code: 16 documents (8 with traces) on each of two GPUs, so 936 and 2,520 steps an epoch (B.1).
+    assert stage2["per_device_train_batch_size"] * stage2["gradient_accumulation_steps"] == batch
+    assert (stage2["learning_rate"], stage2["num_train_epochs"], stage2["warmup_steps"]) == (1e-5, 3, 0.05)
+
+
+def test_answers_fit_the_positions_of_qwen2_5_math():
+    for path in (RECIPES / MATH).glob("*/*.yaml"):
+        recipe = yaml.safe_load(path.read_text())
+        on_itself = "evaluate_on" not in recipe
+        assert not on_itself or {**recipe, **recipe.get("sampling", {})}["max_new_tokens"] + 1024 <= 4096
+
+
+def all_recipes():
+    found = sorted(path for path in RECIPES.glob("*/*/*.yaml") if path.parts[-3] != "tiny-reasoner")
+    return pytest.mark.parametrize("path", found, ids=lambda path: "/".join(path.parts[-3:]))
+
+
+@all_recipes()
+def test_revisions_are_pinned_and_costs_told(path):
+    recipe = yaml.safe_load(path.read_text())
+    pinned = {**recipe, **(recipe.get("stage1") or {}), **(recipe.get("stage2") or {})}
+    found = {key: value for key, value in pinned.items() if key in REVISIONS}
+    assert "model_revision" in found
+    assert "source_revision" in found or "source_adapter" not in recipe
+    assert all(re.fullmatch("[0-9a-f]{40}", value) for value in found.values())
+    comment = path.read_text().partition("\n\n")[0]
+    assert comment.startswith("# ") and "Estimated, not measured" in comment
+    assert " h" in comment or "hour" in comment
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in RECIPES.iterdir() if path.is_dir()))
+def test_a_readme_names_its_recipes_and_no_other(folder):
+    named = set(
+        re.findall(
+            r"`((?:sae|tune|run|compare|evaluate)/[\w.-]+\.yaml)`", (RECIPES / folder / "README.md").read_text()
+        )
+    )
+    there = {f"{path.parent.name}/{path.name}" for path in (RECIPES / folder).glob("*/*.yaml")}
+    assert named == there
+
+
+def test_the_readmes_flags_for_the_released_code():
+    text = (RECIPES / R1 / "README.md").read_text()
+    flags = re.search(r"values, by flags: `([^`]+)`", text)[1].split()
+    finetuned = re.search(r"where\s+the SAE is fine-tuned `([^`]+)`", text)[1].split()
+    ours = parse(RECIPES / R1 / "run" / "resa-still-v4.yaml", *flags, *finetuned)
+    released = parse(RECIPES / R1 / "run" / "released.yaml")
+    assert ours.stage1["hookpoints"] == released.stage1["hookpoints"]
+    assert ours.stage1["dead_after_tokens"] == released.stage1["dead_after_tokens"]
+    # sparsify's rule, which is the default: 5e-3 / sqrt(65536 / 16384).
+    assert "learning_rate" not in released.stage1 and ours.stage1["learning_rate"] == 5e-3 / 4**0.5
+    for key in ("sae_gradient", "kl_beta", "lr_scheduler_type", "max_grad_norm", "gradient_accumulation_steps"):
+        assert ours.stage2[key] == released.stage2[key]
+    assert released.run.lora_target_modules is None and len(ours.run.lora_target_modules) == 7

@@ -1,0 +1,124 @@
+"""Recipes, unmodified, against the local Hub: tiny stand-ins under the real names, with the real schemas and commits.
+
+Each is trained, published and evaluated; only dtype and steps are set by flags. A few here, and all of them, which
+takes hours, with RESA_ALL_RECIPES=1 (`make test-recipes`). The tiny reasoner's need no Hub and are tested elsewhere.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import HubServer
+from stand_in_data import serve_datasets
+from stand_ins import serve_models
+
+from resa_hf.cli import main as resa_hf
+
+pytest.importorskip("lighteval")
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+ALL = sorted(path for path in RECIPES.glob("*/*/*.yaml") if path.parts[-3] != "tiny-reasoner")
+FEW = (
+    "deepseek-r1-distill-qwen-1.5b/run/resa-still-v1.yaml",
+    "llama-3.2-1b/run/cot-free-sft.yaml",
+)
+CHOSEN = ALL if os.environ.get("RESA_ALL_RECIPES") else [RECIPES / name for name in FEW]
+STEPS = {"stage1": ["--stage1.max_steps", "1"], "stage2": ["--stage2.max_steps", "2"]}
+# Rows to train on, beside those that the recipe holds out: one chunk of 2,048 tokens or more.
+TRAIN_ROWS = 64
+
+
+@pytest.fixture
+def serve(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`serve(recipe)` puts all that a recipe names on the Hub; it writes below `tmp_path`, where this process is."""
+    monkeypatch.chdir(tmp_path)
+
+    def put(recipe: Path) -> dict:
+        settings = yaml.safe_load(recipe.read_text())
+        serve_models(hub, tmp_path / "made", recipe.read_text())
+        serve_datasets(hub, settings.get("held_out", 0) + settings.get("selection", 0) + TRAIN_ROWS)
+        return settings
+
+    return put
+
+
+def run(recipe: Path, settings: dict) -> Path:
+    """Runs a recipe as it is; returns its output folder."""
+    kind = recipe.parent.name
+    command = {"sae": "train-sae"}.get(kind, kind)
+    steps = [word for section in STEPS if section in settings for word in STEPS[section]]
+    steps = ["--max_steps", "1"] if kind in ("sae", "tune") else steps
+    assert resa_hf([command, "--config", str(recipe), "--dtype", "float32", *steps]) == 0
+    return Path(settings["output_dir"])
+
+
+def publish(folder: Path, settings: dict, *, adapter: bool = True) -> tuple[str | None, str | None]:
+    """Publishes the first arm's adapter, and the SAEs if the recipe trained some; returns the repos' names."""
+    own = settings["model_name_or_path"]
+    prefix = "me/Llama-" if own.startswith("meta-llama/") else "me/"
+    arms = [name for name, arm in settings.get("arms", {}).items() if "known" not in (arm or {})]
+    trained = "stage1" in settings or not adapter
+    repos = (f"{prefix}adapter" if adapter else None, f"{prefix}saes" if trained else None)
+    flags = [
+        word for flag, repo in zip(("--repo_id", "--sae_repo_id"), repos, strict=True) if repo for word in (flag, repo)
+    ]
+    flags += ["--arm", arms[0]] if arms else []
+    assert resa_hf(["publish", "--folder", str(folder), *flags]) == 0
+    return repos
+
+
+def evaluate(recipe: Path, settings: dict, adapter: str, *flags: str) -> dict:
+    """The model's own evaluation recipe, with the published adapter by its name."""
+    home = {"deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "deepseek-r1-distill-qwen-1.5b"}
+    folder = home.get(settings.get("evaluate_on", ""), recipe.parts[-3])
+    config = RECIPES / folder / "evaluate" / "benchmarks.yaml"
+    flags = ("--dtype", "float32", "--adapters", f"mine={adapter}", *flags)
+    assert resa_hf(["evaluate", "--config", str(config), *flags]) == 0
+    output = Path(yaml.safe_load(config.read_text())["output_dir"])
+    return json.loads((output / "report.json").read_text())
+
+
+def check_published(hub: HubServer, settings: dict, adapter: str | None, saes: str | None) -> None:
+    if adapter is not None:
+        files = hub.files(adapter)
+        config = json.loads(files["adapter_config.json"])
+        assert config["base_model_name_or_path"] == settings["model_name_or_path"]
+        card = files["README.md"].decode()
+        assert settings["model_revision"] in card and settings["model_name_or_path"] in card
+    if saes is not None:
+        stage1 = settings.get("stage1", settings)
+        weights = {path for path in hub.files(saes) if path.endswith("sae_weights.safetensors")}
+        assert weights == {f"{hookpoint}/sae_weights.safetensors" for hookpoint in stage1["hookpoints"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", CHOSEN, ids=lambda path: "/".join(path.parts[-3:]))
+def test_a_recipe_on_the_local_hub(recipe: Path, hub: HubServer, serve, tmp_path: Path) -> None:
+    kind = recipe.parent.name
+    if kind == "evaluate":
+        # It needs an adapter: one of a row of the same model.
+        row = recipe.parents[1] / "run" / "resa-still-v5.yaml"
+        settings = serve(row)
+        adapter, _ = publish(run(row, settings), settings)
+        report = evaluate(recipe, settings, adapter)
+        assert {name: len(found) for name, found in tasks(report).items()} == {"base": 6, "mine": 6}
+        return
+    settings = serve(recipe)
+    if kind == "tune":
+        # Its SAE is the output of the Stage I recipe of the same name.
+        stage1 = recipe.parents[1] / "sae" / recipe.name
+        run(stage1, yaml.safe_load(stage1.read_text()))
+    folder = run(recipe, settings)
+    assert (folder / "report.json").is_file()
+    adapter, saes = publish(folder, settings, adapter=kind != "sae")
+    check_published(hub, settings, adapter, saes)
+    if adapter is not None:
+        report = evaluate(recipe, settings, adapter, "--samples", "1", "--max_problems", "4")
+        assert tasks(report).keys() == {"base", "mine"}
+
+
+def tasks(report: dict) -> dict[str, dict]:
+    """By model what its report tells of each task."""
+    return {model["name"]: model["tasks"] for model in report["models"]}
