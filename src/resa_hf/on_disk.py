@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from .errors import DataError
 
-BATCH = 512  # rows held in memory at a time
+BATCH = 1_000  # rows held in memory at a time; that of `datasets`
 
 
 def write_arrow(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> datasets.Dataset:
