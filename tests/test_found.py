@@ -154,6 +154,32 @@ def test_sizes_of_updates_are_those_that_movement_measures(
     assert update_norms(folder) == pytest.approx({update.name: update.norm() for update in lora_updates(model)})
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_of_single_modules(
+    adapter: Callable[..., Path], make_model: ModelFactory, rslora: bool
+) -> None:
+    from resa_hf.evaluation.movement import lora_updates
+
+    patterns = {"rank_pattern": {"0.self_attn.q_proj": 4}, "alpha_pattern": {"v_proj": 32}}
+    folder = adapter(use_rslora=rslora, **patterns)
+    model = PeftModel.from_pretrained(make_model("qwen2"), folder)
+    assert len({update.scaling for update in lora_updates(model)}) == 3
+    assert update_norms(folder) == pytest.approx({update.name: update.norm() for update in lora_updates(model)})
+
+
+def test_an_evaluation_of_files_that_are_damaged(adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folder = adapter()
+    weights = folder / "adapter_model.safetensors"
+    evaluation = evaluation_of(("mine", folder))
+    tensors = load_file(weights)
+    save_file({key: tensor for key, tensor in tensors.items() if "lora_B" not in key}, weights)
+    with pytest.raises(PublishError, match="and no .*lora_B.weight"):
+        evaluated_as(folder, evaluation, tmp_path / "report.json")
+    weights.write_bytes(b"\x80\x04pickle")
+    with pytest.raises(PublishError, match="pickle"):
+        evaluated_as(folder, evaluation, tmp_path / "report.json")
+
+
 def test_an_adapter_that_was_tuned_with_an_sae_that_lies_here(adapter: Callable[..., Path], tmp_path: Path) -> None:
     saes = tmp_path / "saes"
     save_sae(make_sae("layers.1"), saes / "layers.1")

@@ -26,7 +26,7 @@ HOSTILE = [
     "a | b | c",
     "line\n\n# heading\n\n- list",
     "```\n\n</details><h1>out</h1>",
-    "` `` ``` code",
+    "` [x](https://evil.example) `` ``` code",
     "{{ 7 * 7 }} {% for x in () %}",
     "x: y\n---\nlicense: mit\n---\n",
     "'\"\\ \t\x00\x1b[31m \u202eright to left",
@@ -93,6 +93,7 @@ def test_a_hostile_name_acts_nowhere(marked, name):
         adapter_card("me/x", record, licence, adapter_config={"r": 1, "lora_alpha": 2}, merged=merged)
         for merged in (False, True)
     ]
+    cards.append(adapter_card("me/x", record, licence, adapter_config={"r": name, "lora_alpha": name}))
     cards += [sae_card("me/x", record, licence, sparsify=True)]
     report["harness_check"] = []
     cards += [adapter_card("me/x", record, licence, adapter_config={"r": 1, "lora_alpha": 2})]
@@ -102,8 +103,7 @@ def test_a_hostile_name_acts_nowhere(marked, name):
         assert "\x1b" not in card.text and "\u202e" not in card.text
         block = re.search(r"```yaml\n(.*?)\n```", card.text, re.DOTALL)[1]
         assert yaml.safe_load(block)[name] == [name, {"deeper": name}]
-    shown_name = ModelCard(cards[3]).data.eval_results[0].dataset_name
-    assert shown_name.split() == "".join(letter if letter.isprintable() else " " for letter in name).split()
+        assert card.data.eval_results is None
 
 
 def test_every_python_snippet_stays_one_call(tmp_path):
@@ -153,7 +153,16 @@ def test_no_folder_of_the_user_is_in_a_card(tmp_path):
         )  # fmt: skip
         assert not re.findall(".*jane.*", text)
         assert f"`{arm.name.rpartition('/')[2]}`" in text and "The base is not on the Hub" in text
-        assert ModelCard(text).data.eval_results[0].dataset_type == "dataset"
+        assert ModelCard(text).data.eval_results is None
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_sentence_is_shown_as_it_was_written(name):
+    (inline,) = [token for token in tokens(prose(f"x {name}")) if token.type == "inline"]
+    assert {child.type for child in inline.children} == {"text"}
+    shown_text = "".join(child.content for child in inline.children).replace("\u200b", "")
+    assert shown_text.split() == ["x", *"".join(c if c.isprintable() else " " for c in name).split()]
+    assert re.fullmatch("`[^`|<>]+`", code(name))
 
 
 def test_sentences_keep_their_words():

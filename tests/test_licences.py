@@ -25,6 +25,10 @@ def card(metadata):
         # The Hub would refuse our card with an identifier that it does not know.
         ("license: my-own-licence", ("other", "my-own-licence", None)),
         ("license: other\nlicense_name: x\nlicense_link: LICENSE", ("other", "x", None)),
+        # The Hub takes lower-case names only.
+        ("license: other\nlicense_name: Some License", ("other", "some-license", None)),
+        ("license: My_Licence (v1)", ("unknown", None, None)),
+        ("license: Llama 3.1 Community", ("other", "llama-3.1-community", None)),
         # What is not said, or not plainly, is not guessed.
         ("language: en", ("unknown", None, None)),
         ("license: unknown", ("unknown", None, None)),
@@ -76,6 +80,30 @@ def test_cards_on_the_hub(hub):
         "owner/questions": "cc-by-4.0", "owner/named": "qwen-research", "owner/nowhere": None, "mine.jsonl": None,
         "tiny-reasoner": None,
     }  # fmt: skip
+
+
+def test_a_licence_that_lies_in_the_repo(hub):
+    text = card("license: other\nlicense_name: qwen-research\nlicense_link: LICENSE")
+    commit = hub.create_repo("owner/base", files={"README.md": text})
+    assert licence_of("owner/base").link == "https://huggingface.co/owner/base/blob/main/LICENSE"
+    assert licence_of("owner/base", revision=commit).link.endswith(f"owner/base/blob/{commit}/LICENSE")
+    hub.commit("owner/base", {"README.md": text.replace("LICENSE", "../../LICENSE")})
+    assert licence_of("owner/base").link is None
+
+
+def test_a_private_base_is_read_with_the_token(hub, monkeypatch):
+    hub.create_repo("owner/secret", files={"README.md": card("license: mit")}, private=True)
+    monkeypatch.setenv("HF_TOKEN", hub.stranger)
+    assert licence_of("owner/secret") == Licence()
+    assert licence_of("owner/secret", token=hub.token).id == "mit"
+
+
+def test_an_unread_licence_of_what_may_be_llama_is_warned_of(hub, caplog):
+    licence_of("owner/base")
+    assert not caplog.records
+    licence_of("owner/My-LLaMA")
+    (warning,) = caplog.messages
+    assert "owner/My-LLaMA" in warning and "begin with 'Llama'" in warning
 
 
 def test_presets_know_their_licence_or_their_repo_is_asked(hub):
@@ -147,4 +175,6 @@ def test_names_that_a_licence_asks_for(licence, name, suggested):
 def test_words_that_a_licence_asks_for():
     assert Licence("llama3").attribution == "Built with Meta Llama 3"
     assert Licence("llama3.2").attribution == Licence("llama4").attribution == "Built with Llama"
+    notice = [Licence("llama2"), Licence("llama3.2"), Licence("other", "llama-3.1"), Licence("mit"), Licence()]
+    assert [licence.asks_for_notice for licence in notice] == [True, True, True, False, False]
     assert Licence("llama2").attribution is Licence("mit").attribution is None

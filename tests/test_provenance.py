@@ -84,6 +84,23 @@ def test_what_is_not_on_the_hub_has_no_commit(tmp_path: Path) -> None:
     assert model_revisions("base", "resa_hf/tiny/base") == {"base": {"name": "resa_hf/tiny/base", "commit": None}}
 
 
+@pytest.mark.usefixtures("hub")
+def test_what_lies_here_is_never_named_like_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("models/base", "data/mine", "saes/one", "tiny-reasoner"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    here = {name: {"name": str(tmp_path / name), "commit": None} for name in ("models/base", "data/mine", "saes/one")}
+    assert model_revisions("base", "models/base") == {"base": here["models/base"]}
+    assert sae_revision("sae", "saes/one", None) == {"sae": here["saes/one"]}
+    # Offline, a folder is read in the repository's place.
+    assert data_revisions({"dataset": "data/mine", "dataset_repo": "data/mine"}) == {"dataset": here["data/mine"]}
+    read = {"name": "data/mine", "commit": "c" * 40}
+    told = {"dataset": "data/mine", "dataset_repo": "data/mine", "dataset_commit": "c" * 40}
+    assert data_revisions(told) == {"dataset": read}
+    shipped = {"name": "tiny-reasoner", "commit": None}
+    assert data_revisions({"dataset": "tiny-reasoner"}) == {"dataset": shipped}
+
+
 def test_an_adapter_stands_beside_its_base(
     hub: HubServer, base: str, make_model: ModelFactory, tmp_path: Path
 ) -> None:

@@ -70,12 +70,15 @@ def test_the_commit_of_the_base(hub_with_base: HubServer, adapter: Callable[...,
 
 def test_dry_run_uploads_nothing(hub_with_base: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--folder", str(run), "--repo_id", "me/a", "--sae_repo_id", "me/s", "--base", "you/base", "--dry_run"]
+    before = sorted(run.rglob("*"))
     assert main(["publish", *flags]) == 0
     printed = capsys.readouterr().out
-    size = f"{(run / 'published' / 'a' / 'adapter_model.safetensors').stat().st_size:,}"
+    assert sorted(run.rglob("*")) == before
+    (weights,) = run.glob("arms/sae-tuning/**/adapter_model.safetensors")
+    size = f"{weights.stat().st_size:,}"
     assert "me/a would hold" in printed and f"{size}  adapter_model.safetensors" in printed
     assert "layers.2/sae_weights.safetensors" in printed and "base_model: you/base" in printed
-    assert f"Nothing was uploaded. What would be lies in {run / 'published'}" in printed
+    assert "Nothing was uploaded." in printed
     assert uploads(hub_with_base) == [] and ("model", "me/a") not in hub_with_base.repos
 
 
@@ -84,20 +87,16 @@ def test_what_is_published_of_a_run(hub_with_base: HubServer, run: Path, capsys:
     assert f"{hub_with_base.endpoint}/me/a/commit/{hub_with_base.commits('me/a')[0]}" in capsys.readouterr().out
     files = hub_with_base.files("me/a")
     assert set(files) - {".gitattributes"} == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors", "report.json", "report.md", "report.png"),
-        *(
-            "recipe.yaml",
-            "stage1.json",
-            "published.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-        ),
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "report.json", "report.png"),
+        *("recipe.yaml", "stage1.json", "published.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     card = ModelCard(files["README.md"].decode()).data
     assert (card.base_model, card.license, card.library_name) == ("you/base", "mit", "peft")
     report = json.loads(files["report.json"])
     assert "hub_token" not in report["settings"]["stage2"] and b"hf_secret" not in b"".join(files.values())
+    # Where it lay on this machine is nobody's business.
+    assert not [name for name, content in files.items() if str(run.parent).encode() in content]
     # Again: nothing to do. Merged into the same repository: the adapter's files go.
     assert main(["publish", "--folder", str(run), "--repo_id", "me/a", "--base", "you/base"]) == 0
     assert len(hub_with_base.commits("me/a")) == 2
@@ -182,6 +181,59 @@ def test_what_is_damaged_does_not_go_up(
     assert "missing" in capsys.readouterr().err and uploads(hub_with_base) == []
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "IA3"}, "only LoRA"),
+        ({"r": "<script>"}, "r is '<script>'"),
+        ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil.module"}}, "auto_mapping"),
+    ],
+)
+def test_what_would_not_be_loaded_is_not_published(
+    hub_with_base: HubServer,
+    adapter: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    setting: dict[str, object],
+    words: str,
+) -> None:
+    folder = adapter()
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **setting}))
+    for more in (["--dry_run"], []):
+        assert main(["publish", "--folder", str(folder), "--repo_id", "me/a", *more]) == 2
+        told = capsys.readouterr()
+        assert words in told.err and "<script>" not in told.out
+    assert not list(folder.glob("published/a/*")) and uploads(hub_with_base) == []
+
+
+def test_an_adapter_that_names_no_base(
+    hub_with_base: HubServer, adapter: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = adapter()
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    flags = ["publish", "--folder", str(folder), "--repo_id", "me/a"]
+    before = len(hub_with_base.requests)
+    for more in ([], ["--merge"]):
+        assert main([*flags, *more]) == 2
+        assert "names no base: name it by --base" in capsys.readouterr().err
+    assert len(hub_with_base.requests) == before
+    assert main([*flags, "--base", "you/base"]) == 0
+
+
+def test_a_folder_is_not_taken_for_a_strangers_repository(hub_with_base: HubServer, run: Path) -> None:
+    hub_with_base.create_repo("data/mine", "dataset", files={"README.md": "---\nlicense: cc-by-nc-4.0\n---\n"})
+    path = run / "report.json"
+    report = json.loads(path.read_text())
+    report["revisions"]["dataset"] = {"name": "data/mine", "commit": None}
+    path.write_text(json.dumps(report))
+    assert main(["publish", "--folder", str(run), "--repo_id", "me/a", "--base", "you/base"]) == 0
+    assert not [asked for _, asked in hub_with_base.requests if "data/mine" in asked]
+    assert b"cc-by-nc" not in hub_with_base.files("me/a")["README.md"]
+
+
 def test_push_sae_to_hub(hub: HubServer, tmp_path: Path) -> None:
     one, two = make_sae("layers.1"), make_sae("layers.2", seed=1)
     for sae in (one, two):
@@ -212,3 +264,19 @@ def test_saes_that_have_no_place(hub: HubServer) -> None:
         with pytest.raises(PublishError, match=words):
             push_sae_to_hub(sae, "me/s")
     assert hub.requests == []
+
+
+def test_the_token_reads_the_licence_too(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.create_repo("me/secret", files={"README.md": "---\nlicense: mit\n---\n"}, private=True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    sae = make_sae("layers.1")
+    sae.metadata = {"model_name": "me/secret", "dataset_path": "/home/me/data/mine.jsonl"}
+    push_sae_to_hub(sae, "me/s", token=hub.token)
+    assert ModelCard(hub.files("me/s")["README.md"].decode()).data.license == "mit"
+    metadata = json.loads(hub.files("me/s")["layers.1/cfg.json"])["metadata"]
+    assert (metadata["model_name"], metadata["dataset_path"]) == ("me/secret", None)
+    known = Record(revisions={"base": {"name": "me/secret", "commit": None}})
+    with_token = with_base(known, None, token=hub.token)
+    assert with_token.revisions["base"]["commit"] == hub.commits("me/secret")[0]
+    with pytest.raises(PublishError, match="me/secret cannot be found"):
+        with_base(known, None)

@@ -5,9 +5,11 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_server import HubServer
+from huggingface_hub import HfApi, RepoUrl
 
 from resa_hf.errors import PublishError
 from resa_hf.hub import retries
@@ -143,6 +145,21 @@ def test_private(hub: HubServer, folder: Path) -> None:
     with pytest.raises(PublishError, match="me/public is public.*nothing was uploaded"):
         upload(folder, "me/public", private=True, message="Upload")
     assert not [path for method, path in hub.requests if method in ("POST", "PUT") and "me/public" in path]
+
+
+def test_the_owners_settings_decide_unless_private_is_asked_for(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, create = [], HfApi.create_repo
+
+    def spy(api: HfApi, repo_id: str, **asked: Any) -> RepoUrl:
+        sent.append(asked["private"])
+        return create(api, repo_id, **asked)
+
+    monkeypatch.setattr(HfApi, "create_repo", spy)
+    upload(folder, "me/one", message="Upload")
+    upload(folder, "me/two", private=True, message="Upload")
+    assert sent == [None, True]  # False would make a public one, whatever the organisation's default is
 
 
 def test_a_branch_is_made(hub: HubServer, folder: Path) -> None:

@@ -16,7 +16,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evidence import Evidence, evidence_of_evaluation, evidence_of_run
-from .inert import as_yaml, code, plain, prose, shown
+from .inert import as_yaml, code, plain, prose
 
 if TYPE_CHECKING:
     from .hub.licences import Licence
@@ -74,6 +74,7 @@ def adapter_card(
         merged=merged,
         found=found,
         base=base,
+        quality=_quality(_trained_with(record)),
         origins=_origins(record, licence, "base", found),
         trained=_training(record),
         chat=record.recipe.get("template") == "chat",  # then the base has a chat template
@@ -103,6 +104,7 @@ def sae_card(repo_id: str, record: Record, licence: Licence, *, sparsify: bool =
         sparsify=sparsify,
         topk=topk,
         read=read,
+        quality=_quality(record.saes),
         origins=_origins(record, licence, read),
     )
 
@@ -117,7 +119,6 @@ def _render(template: str, data: ModelCardData, record: Record, licence: Licence
         report=record.report or {},
         licence=licence,
         revisions=record.revisions,
-        quality=_quality(record),
         is_ours=_is_ours(record),
         **values,
         **{"code": code, "prose": prose, "as_yaml": as_yaml, "link": _link, "on_hub": _on_hub},
@@ -144,7 +145,7 @@ def _metadata(
 def _on_hub(entry: Mapping[str, str | None]) -> bool:
     """Whether others can load it. Where no commit is known, a name with an owner that is no folder here."""
     name = str(entry["name"])
-    is_repo = _REPO.fullmatch(name) is not None
+    is_repo = _REPO.fullmatch(name) is not None and not name.startswith("resa_hf/")
     return is_repo and (entry["commit"] is not None or ("/" in name and not Path(name).exists()))
 
 
@@ -175,12 +176,18 @@ def _origins(record: Record, licence: Licence, licensed: str, found: Sequence[Ev
     return rows
 
 
-def _quality(record: Record) -> tuple[list[str], list[list[str]]]:
+def _trained_with(record: Record) -> Mapping[str, Mapping[str, Any]]:
+    """Of the SAEs of its run, that which it was trained with, where that is told."""
+    name = str(_training(record).get("sae_id"))
+    return {name: record.saes[name]} if name in record.saes else record.saes
+
+
+def _quality(saes: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the SAEs' table; what was measured of none has no column."""
-    keys = [key for key in (*_SIZES, *_QUALITY) if any(sae.get(key) is not None for sae in record.saes.values())]
+    keys = [key for key in (*_SIZES, *_QUALITY) if any(sae.get(key) is not None for sae in saes.values())]
     rows = [
         [code(hookpoint), *("" if (value := sae.get(key)) is None else _number(value) for key in keys)]
-        for hookpoint, sae in record.saes.items()
+        for hookpoint, sae in saes.items()
     ]
     return ["hookpoint", *({**_SIZES, **_QUALITY}[key] for key in keys)], rows
 
@@ -199,7 +206,8 @@ def _training(record: Record) -> dict[str, Any]:
     recipe = record.recipe
     arm = recipe.get("arms", {}).get(record.arm)
     if arm is not None:
-        return {**recipe.get("stage2", {}), **arm}
+        taken = {"sae_id": recipe.get("sae_id")} if arm.get("sae_from") == "pretrained" else {}
+        return {**taken, **recipe.get("stage2", {}), **arm}
     # A trainer may have been given its SAE as a module, of which its settings know nothing.
     known = "pretrained" if recipe.get("sae") else "none" if recipe.get("kl_weight") == 0 else None
     return {"sae_from": known, **recipe}
@@ -216,30 +224,26 @@ def _evidence(record: Record) -> list[Evidence]:
 
 
 def _results(repo_id: str, record: Record, found: Sequence[Evidence]) -> dict[str, Any]:
-    """The accuracies as the Hub's metadata have them; none that the card itself warns of."""
+    """The accuracies on the Hub's datasets as its metadata have them; none that the card itself warns of."""
     if not found or found[0].doubts:
         return {}
     one, results = found[0], []
     for task, accuracy in one.accuracies.items():
-        entry, pretty, split = (
-            one.benchmarks.get(task, {"name": task, "commit": None}),
-            task.removeprefix("resa:"),
-            None,
-        )
-        if task == "held_out":
-            entry = record.revisions.get("dataset", {"name": str(record.recipe.get("dataset")), "commit": None})
-            pretty = f"held-out questions of {shown(str(entry['name']))}"
-            split = str(record.recipe.get("dataset_split", "train")) if _on_hub(entry) else None
+        held_out = task == "held_out"
+        entry = record.revisions.get("dataset") if held_out else one.benchmarks.get(task)
+        if entry is None or not _on_hub(entry):
+            continue
+        pretty = f"held-out questions of {entry['name']}" if held_out else task.removeprefix("resa:")
         results.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=plain(str(entry["name"])),
+                dataset_type=str(entry["name"]),
                 dataset_name=plain(pretty),
-                dataset_split=split,
+                dataset_split=plain(str(record.recipe.get("dataset_split", "train"))) if held_out else None,
                 dataset_revision=entry["commit"],
                 metric_type="accuracy",
                 metric_name=one.metric,
                 metric_value=round(accuracy, 4),
             )
         )
-    return {"model_name": repo_id.rpartition("/")[2], "eval_results": results}
+    return {"model_name": repo_id.rpartition("/")[2], "eval_results": results} if results else {}

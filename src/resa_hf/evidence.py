@@ -66,7 +66,7 @@ def evidence_of_evaluation(report: Mapping[str, Any], name: str) -> Evidence:
     return Evidence(
         title="This adapter, evaluated",
         scope="A verdict on this adapter, not on the method.",
-        doubts=[],
+        doubts=_cut_off([part["truncated"] for part in details.values()]),
         notes=[
             _protocol(line, tasks, settings, [settings["seed"]], settings["margin"]),
             f"The base: {code(settings['model_name_or_path'])}, commit {code(base.get('commit') or 'not recorded')}.",
@@ -101,7 +101,7 @@ def evidence_of_run(report: Mapping[str, Any], name: str, seed: int | None) -> E
     return Evidence(
         title="The run that made this adapter",
         scope=_scope(line, seeds, own, seed),
-        doubts=_doubts(report),
+        doubts=[*_doubts(report), *_cut_off([line["truncated"]])],
         notes=[
             _protocol(line, tasks, sampling, run["seeds"], run["margin"]) + moved,
             *_choice(report, line),
@@ -128,7 +128,7 @@ def _line(lines: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
 
 
 def _compared(lines: Sequence[Mapping[str, Any]], line: Mapping[str, Any]) -> dict[str, Any]:
-    base, word = lines[0], line["verdict"]["word"]
+    base, word = lines[0], _word(line)
     controls = line.get("controls", {})
     beside = [base, line, *(other for other in lines if other["name"] in controls)]
     tasks = line["tasks"] if len(line["tasks"]) > 1 else {}
@@ -142,7 +142,7 @@ def _compared(lines: Sequence[Mapping[str, Any]], line: Mapping[str, Any]) -> di
                 *_points(other["accuracy"]),
                 *_points(other["difference"], "+"),
                 _p(other["adjusted_p"]),
-                prose((other["verdict"] or {}).get("word", "")),
+                prose(_word(other)),
             ]
             for other in beside
         ],
@@ -161,6 +161,16 @@ def _compared(lines: Sequence[Mapping[str, Any]], line: Mapping[str, Any]) -> di
             for task, found in tasks.items()
         ],
     }
+
+
+def _word(line: Mapping[str, Any]) -> str:
+    """The verdict; exactly 0 in every pair of a few is equivalent to the report, and proves nothing."""
+    word = str((line["verdict"] or {}).get("word", ""))
+    if word != "equivalent":
+        return word
+    difference, p = line["difference"], line["equivalence_p"]
+    supported = p is not None and p < 1 - difference["level"]
+    return word if supported else f"no difference found (too few {difference['over']} to tell)"
 
 
 def _points(found: Mapping[str, Any] | None, sign: str = "") -> tuple[str, str]:
@@ -206,13 +216,14 @@ def _protocol(
     return (
         f"Protocol: {line['problems']:,} problems ({tasks}), {_answers(sampling)} a problem and seed; temperature "
         f"{sampling['temperature']:g}, top-p {sampling['top_p']:g}, at most {sampling['max_new_tokens']:,} tokens; "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. 95% intervals; differences are "
-        f"paired, and their p values adjusted after Holm. Below {100 * margin:g} points they do not matter."
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(f'{seed:d}' for seed in seeds)}. 95% intervals; "
+        "differences are paired, and their p values adjusted after Holm. "
+        f"Below {100 * margin:g} points they do not matter."
     )
 
 
 def _answers(sampling: Mapping[str, Any]) -> str:
-    return "1 answer" if sampling["samples"] == 1 else f"{sampling['samples']} answers"
+    return "1 answer" if sampling["samples"] == 1 else f"{sampling['samples']:,} answers"
 
 
 def _training_time(line: Mapping[str, Any], seeds: Sequence[int], seed: int | None) -> list[str]:
@@ -224,11 +235,11 @@ def _choice(report: Mapping[str, Any], line: Mapping[str, Any]) -> list[str]:
     chosen, tried = line["candidate"], report["choice"].get(line["name"], {})
     if not chosen or len(tried) < 2:
         return []
-    step = f", step {chosen['step']}" if chosen["step"] else ""
+    step = f", step {chosen['step']:,}" if chosen["step"] else ""
     on = (
         "the test set"
         if report["chosen_on"] == "the test set"
-        else f"{report['settings']['run']['selection']} other questions, with the first seed"
+        else f"{report['settings']['run']['selection']:,} other questions, with the first seed"
     )
     return [f"Learning rate {chosen['rate']:g}{step}: the best of {len(tried)} tried, on {on}."]
 
@@ -259,6 +270,11 @@ def _doubts(report: Mapping[str, Any]) -> list[str]:
     return doubts
 
 
+def _cut_off(truncated: Sequence[float]) -> list[str]:
+    most = sum(truncated) > len(truncated) / 2
+    return ["More than half of its answers were cut at the token limit, before they came to an end."] if most else []
+
+
 def _cut(truncated: Sequence[float], limit: int) -> list[str]:
     share = sum(truncated) / len(truncated)
     return [f"{100 * share:.1f}% of its answers were cut at {limit:,} new tokens."] if share else []
@@ -266,7 +282,7 @@ def _cut(truncated: Sequence[float], limit: int) -> list[str]:
 
 def _overlap(found: Mapping[str, Any], source: str) -> list[str]:
     return [
-        f"Overlap with {source}: {kinds} of {found['benchmark_problems'][task]} questions of {code(task)}."
+        f"Overlap with {source}: {kinds} of {found['benchmark_problems'][task]:,} questions of {code(task)}."
         for task, counts in found["counts"].items()
-        if (kinds := ", ".join(f"{count} {prose(kind)}" for kind, count in counts.items() if count))
+        if (kinds := ", ".join(f"{count:,} {prose(kind)}" for kind, count in counts.items() if count))
     ]

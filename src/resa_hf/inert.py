@@ -36,7 +36,7 @@ def prose(text: str, names: Iterable[str] = ()) -> str:
 
 def as_yaml(value: Any) -> str:
     """The value as YAML that reads back as itself, paths aside, and that can leave no fence and no HTML block."""
-    text = yaml.dump(_shown_all(value), Dumper=_Dumper, sort_keys=False, width=float("inf"))
+    text = yaml.dump(shown_all(value), Dumper=_Dumper, sort_keys=False, width=float("inf"))
     return re.sub(r"[<>`]", lambda match: f"\\x{ord(match[0]):02X}", text).rstrip()
 
 
@@ -53,11 +53,12 @@ _Dumper.add_representer(
 _Dumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
 
 
-def _shown_all(value: Any) -> Any:
+def shown_all(value: Any) -> Any:
+    """The value with every path in it as `shown` has it."""
     if isinstance(value, Mapping):
-        return {_shown_all(key): _shown_all(inner) for key, inner in value.items()}
+        return {shown_all(key): shown_all(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_shown_all(inner) for inner in value]
+        return [shown_all(inner) for inner in value]
     return shown(value) if isinstance(value, str) else value
 
 

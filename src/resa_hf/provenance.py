@@ -10,10 +10,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from .arguments import ModelArguments, SourceArguments
+from .data import TINY
 from .evaluation.benchmarks import BENCHMARKS, DATA_DIR
 from .hub.adapters import base_of_adapter
 from .places import Place, parse_place
 from .tiny import tiny_path
+
+_SHIPPED = {str(tiny_path(kind)): f"resa_hf/tiny/{kind}" for kind in ("base", "source")}
 
 Revision = dict[str, str | None]  # `name`, `commit`, and `subfolder` where there is one
 Revisions = dict[str, Revision]  # by role, as in `hub.record.Record`
@@ -42,11 +45,20 @@ def commit_of(name: str, *, revision: str | None = None) -> str | None:
     return Path(snapshot).name
 
 
+def local_name(name: str) -> str:
+    """
+    How a report names what was read: a folder or file by its absolute path, which cannot be taken for a repository on
+    the Hub, wherever the report is read; what ships here, and all else, by its own name.
+    """
+    if not name or not Path(name).expanduser().exists():
+        return name
+    return _SHIPPED.get(name) or str(Path(name).expanduser().absolute())
+
+
 def place_revision(place: Place) -> Revision:
     """What was read at a place, and its commit."""
     if place.is_folder:
-        shipped = {str(tiny_path(kind)): f"resa_hf/tiny/{kind}" for kind in ("base", "source")}
-        return {"name": shipped.get(place.name, place.name), "commit": None}
+        return {"name": local_name(place.name), "commit": None}
     found: Revision = {"name": place.name, "commit": commit_of(place.name, revision=place.revision)}
     return found if place.subfolder is None else {**found, "subfolder": place.subfolder}
 
@@ -87,16 +99,19 @@ def source_revisions(args: ModelArguments, source: SourceArguments) -> Revisions
 
 def sae_revision(role: str, name: str | None, revision: str | None) -> Revisions:
     """An SAE that was taken and not trained, `"sae"` or `"initial_sae"`; nothing where there is none."""
-    return {} if name is None else {role: {"name": name, "commit": commit_of(name, revision=revision)}}
+    return {} if name is None else {role: {"name": local_name(name), "commit": commit_of(name, revision=revision)}}
 
 
 def data_revisions(report: Mapping[str, Any]) -> Revisions:
     """The datasets, from what was written down when they were read (`data.json`; `data` in a stage's report)."""
-    return {
-        role: {"name": report.get(f"{role}_repo") or report[role], "commit": report.get(f"{role}_commit")}
-        for role in ("dataset", "trigger_dataset")
-        if report.get(role) is not None
-    }
+    read: Revisions = {}
+    for role in ("dataset", "trigger_dataset"):
+        if report.get(role) is not None:
+            name, commit = report.get(f"{role}_repo") or report[role], report.get(f"{role}_commit")
+            # Offline, `datasets` takes a folder for the repository that has its name.
+            is_local = commit is None and name not in TINY
+            read[role] = {"name": local_name(name) if is_local else name, "commit": commit}
+    return read
 
 
 def task_revisions(tasks: Iterable[str]) -> Revisions:

@@ -10,7 +10,6 @@ interruption. What goes up stays in FOLDER/published.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,8 +22,7 @@ def main(argv: Sequence[str]) -> None:
     rest, dry = take_dry_run(argv)
     (args,), _ = parse_flat((PublishArguments,), rest, "resa-hf publish", __doc__ or "")
     commits = publish(args, dry_run=dry)
-    staged = Path(args.folder) / "published"
     if dry:
-        print(f"\nNothing was uploaded. What would be lies in {staged}.")
+        print("\nNothing was uploaded.")
     for commit in commits:
         print(f"Published: {commit.repo_url}, commit {commit}.")

@@ -13,7 +13,8 @@ from ..cards import adapter_card
 from ..errors import PublishError
 from ..experiment.folder import write_json
 from ..provenance import commit_of
-from ..untrusted import read_json_object, read_shapes, read_tensors
+from ..untrusted import read_json_object
+from .adapter_files import read_adapter
 from .found import Found
 from .licences import check_name, licence_of
 from .record import Record
@@ -33,13 +34,14 @@ TOKENIZER_FILES = (
 )
 
 
-def with_base(record: Record, base: str | None) -> Record:
+def with_base(record: Record, base: str | None, *, token: str | None = None) -> Record:
     """
     The record with the base that others are to load, and its commit: that of the training, or else today's.
 
     Args:
         record ([`Record`]): of an adapter.
         base (`str`, *optional*): the user's own word for the base.
+        token (`str`, *optional*): `None`: the saved one.
 
     Raises:
         `PublishError`: if the base is not one repository on the Hub.
@@ -47,7 +49,7 @@ def with_base(record: Record, base: str | None) -> Record:
     if base is not None:
         others = {role: found for role, found in record.revisions.items() if role != "base_adapter"}
         record = replace(record, revisions={**others, "base": {"name": base, "commit": None}})
-    name = str(record.revisions["base"]["name"])
+    name = named_base(record)
     if "base_adapter" in record.revisions or "+" in name:
         adapter = record.revisions.get("base_adapter", {}).get("name", "an adapter")
         raise PublishError(
@@ -61,14 +63,26 @@ def with_base(record: Record, base: str | None) -> Record:
         )
     if record.revisions["base"]["commit"] is not None:
         return record
-    return replace(record, revisions={**record.revisions, "base": {"name": name, "commit": _head(name)}})
+    return replace(record, revisions={**record.revisions, "base": {"name": name, "commit": _head(name, token)}})
 
 
-def _head(base: str) -> str | None:
+def named_base(record: Record) -> str:
+    """The base's name.
+
+    Raises:
+        `PublishError`: if the adapter names none.
+    """
+    name = record.revisions["base"]["name"]
+    if not name:
+        raise PublishError("The adapter names no base: name it by --base owner/name.")
+    return name
+
+
+def _head(base: str, token: str | None) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return commit_of(base)
-    with publish_errors(f"The base {base} cannot be found on the Hub: name it by --base."):
-        return patiently(lambda: HfApi().model_info(base).sha)
+    with publish_errors(f"The base {base} cannot be found on the Hub: name it by --base.", token):
+        return patiently(lambda: HfApi(token=token).model_info(base).sha)
 
 
 def stage_adapter(stage: Path, found: Found) -> None:
@@ -80,7 +94,7 @@ def stage_adapter(stage: Path, found: Found) -> None:
         found ([`Found`]): with an adapter, and a record whose base `with_base` has checked.
 
     Raises:
-        `PublishError`: if the adapter's files are missing, corrupt or no safetensors, or not finite.
+        `PublishError`: if the adapter's files cannot be used.
     """
     adapter, base = checked_adapter(found), found.record.revisions["base"]
     config = adapter_config(found) | {"base_model_name_or_path": base["name"], "revision": base["commit"]}
@@ -91,11 +105,9 @@ def stage_adapter(stage: Path, found: Found) -> None:
 
 
 def checked_adapter(found: Found) -> Path:
-    """The adapter's folder, once its tensors have been read."""
+    """The adapter's folder, once `read_adapter` has read it."""
     assert found.adapter is not None, "what holds no adapter is refused before"
-    weights = found.adapter / SAFETENSORS_WEIGHTS_NAME
-    read_shapes(weights, found.adapter, PublishError)
-    read_tensors(weights, PublishError)
+    read_adapter(found.adapter)
     return found.adapter
 
 
@@ -113,7 +125,9 @@ def copy_tokenizer(folder: Path, stage: Path) -> bool:
     return "tokenizer_config.json" in there
 
 
-def write_card(stage: Path, repo_id: str, found: Found, sae_repo: str | None, *, merged: bool) -> None:
+def write_card(
+    stage: Path, repo_id: str, found: Found, sae_repo: str | None, *, merged: bool, token: str | None = None
+) -> None:
     """
     Writes README.md.
 
@@ -124,8 +138,7 @@ def write_card(stage: Path, repo_id: str, found: Found, sae_repo: str | None, *,
     if found.trained_with is not None:
         record = replace(record, saes=found.trained_with.record.saes)
     base = record.revisions["base"]
-    datasets = [str(read["name"]) for role, read in record.revisions.items() if role.endswith("dataset")]
-    licence = licence_of(str(base["name"]), datasets, revision=base["commit"])
+    licence = licence_of(str(base["name"]), record.datasets, revision=base["commit"], token=token)
     check_name(repo_id, licence)
     config = adapter_config(found)
     card = adapter_card(repo_id, record, licence, adapter_config=config, sae_repo=sae_repo, merged=merged)

@@ -52,12 +52,10 @@ def load_reasoning_adapter(
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A causal LM, or one with LoRA adapters. Those that act go on acting, and the new one joins them.
-        adapter (`str` or `os.PathLike`):
-            A folder or a Hub repository, also as `owner/name@revision/sub/folder`.
+        adapter (`str` or `os.PathLike`): a folder or a Hub repository, also as `owner/name@revision/sub/folder`.
         scale (`float`, *optional*, defaults to `1.0`):
             Multiplies the update, by way of the adapter's `lora_alpha`: 0 is the base, negative numbers subtract.
-        revision (`str`, *optional*), subfolder (`str`, *optional*):
-            Of the repository; a subfolder of a folder, too.
+        revision (`str`, *optional*), subfolder (`str`, *optional*): of the repository; a subfolder of a folder, too.
         name (`str`, *optional*):
             What the adapter is called in the model. `None`: `"default"` for the first, then the last part of its
             repository's or folder's name, dots as dashes.

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
-from safetensors.torch import load_file
+from peft.utils.other import get_pattern_key
 
 from ..errors import PublishError
 from ..evaluation.arguments import EvaluateArguments
 from ..evaluation.movement import LoraUpdate
+from .adapter_files import read_adapter
 
 _A, _B, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 _TOLERANCE = 1e-3  # relative; the evaluation may have held the adapter in bfloat16
@@ -29,7 +29,8 @@ def evaluated_as(adapter: Path, evaluation: Mapping[str, Any], path: Path) -> st
         path (`Path`): where it lies, for messages.
 
     Raises:
-        `PublishError`: if none of the evaluated adapters, controls aside, has these sizes, or several have.
+        `PublishError`: if the adapter's files cannot be used; or if none of the evaluated adapters, controls aside,
+            has these sizes, or several have.
     """
     norms = update_norms(adapter)
     try:
@@ -48,18 +49,18 @@ def evaluated_as(adapter: Path, evaluation: Mapping[str, Any], path: Path) -> st
 
 
 def update_norms(adapter: Path) -> dict[str, float]:
-    """||dW||_F of each module by its name in the base model; empty for what is not LoRA."""
-    config = PeftConfig.from_pretrained(str(adapter))
-    if not isinstance(config, LoraConfig):
-        return {}
-    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    return {
-        name: LoraUpdate(name, A, tensors[key.replace(_A, _B)], scaling).norm()
-        for key, A in tensors.items()
-        if key.endswith(_A)
-        for name in [key.removeprefix(_PREFIX).removesuffix(_A)]
-    }
+    """||dW||_F of each linear module by its name in the base model."""
+    config, tensors = read_adapter(adapter)
+    alphas = config.alpha_pattern or {}
+    norms = {}
+    for key, A in tensors.items():
+        if key.endswith(_A):
+            name = key.removeprefix(_PREFIX).removesuffix(_A)
+            alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+            # The rank of the tensor itself is that of rank_pattern, too.
+            scaling = alpha / (math.sqrt(A.shape[0]) if config.use_rslora else A.shape[0])
+            norms[name] = LoraUpdate(name, A, tensors[key.replace(_A, _B)], scaling).norm()
+    return norms
 
 
 def _is_same(norms: Mapping[str, float], measured: Mapping[str, float]) -> bool:

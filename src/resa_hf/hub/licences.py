@@ -1,5 +1,6 @@
 """Licences: what the base's own card says, and what a licence asks of the name of a model made from the base."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from huggingface_hub.utils import httpx
 from ..data import PRESETS
 from ..errors import PublishError
 
+logger = logging.getLogger(__name__)
+
 UNKNOWN = "unknown"
 
 # huggingface.co/docs/hub/repositories-licenses. The Hub refuses a card with any other identifier.
@@ -38,6 +41,7 @@ _IDS = frozenset(
     """.split()  # noqa: SIM905  # a hundred lines otherwise
 )
 _NAME = re.compile(r"\w[\w .+-]{0,99}")
+_FILE = re.compile(r"LICENSE[\w.-]{0,20}", re.ASCII)
 _LINK = re.compile(r"https?://[\w.~:/?#@!$&+,;=%-]{1,300}")
 _LLAMA = re.compile(r"\bllama[ _-]?([34])(?:[._-]?(\d))?(?!\w)", re.IGNORECASE)
 
@@ -48,7 +52,7 @@ class Licence:
 
     Args:
         id (`str`, *optional*, defaults to `"unknown"`): one of the Hub's identifiers.
-        name (`str`, *optional*), link (`str`, *optional*): of a licence that is `"other"`.
+        name (`str`, *optional*), link (`str`, *optional*): of a licence that is `"other"`; the name as a slug.
         datasets (`Mapping[str, str | None]`, *optional*): the licences of the datasets, by their names.
     """
 
@@ -74,8 +78,15 @@ class Licence:
         """The words that the same section asks to display."""
         return {"Llama-3": "Built with Meta Llama 3", "Llama": "Built with Llama"}.get(self.prefix or "")
 
+    @property
+    def asks_for_notice(self) -> bool:
+        """Whether it asks for a copy of it and a "Notice" file (Llama, sections 1.b.i and 1.b.iii; of 2: 1.b.ii)."""
+        return "llama" in (self.name or "" if self.id == "other" else self.id).lower()
 
-def licence_of(base: str, datasets: Sequence[str] = (), *, revision: str | None = None) -> Licence:
+
+def licence_of(
+    base: str, datasets: Sequence[str] = (), *, revision: str | None = None, token: str | None = None
+) -> Licence:
     """
     Reads the licences of a base and of datasets from their own cards: on the Hub, offline in the cache, or in a
     folder. What a card does not say, or says in no plain way, stays unknown.
@@ -84,14 +95,25 @@ def licence_of(base: str, datasets: Sequence[str] = (), *, revision: str | None 
         base (`str`): Hub repo, folder, or `resa_hf/tiny/base`.
         datasets (sequence of `str`, *optional*): presets, Hub repos and files.
         revision (`str`, *optional*): of the base.
+        token (`str`, *optional*): of the Hub. `None`: the saved one.
 
     Raises:
         `PublishError`: if the Hub cannot be reached, and is not switched off.
     """
-    licences = {name: _dataset_licence(name) for name in datasets}
+    licences = {name: _dataset_licence(name, token) for name in datasets}
     if base.startswith("resa_hf/tiny/"):
         return Licence("apache-2.0", datasets=licences)  # ships in this package, under its licence
-    return Licence(*_read(_metadata(base, "model", revision)), datasets=licences)
+    key, name, link = _read(_metadata(base, "model", revision, token))
+    if key == UNKNOWN and "llama" in base.lower():
+        logger.warning(
+            "The licence of %s cannot be read. If it is Llama's, check yourself that it allows the repository's "
+            "name: from Llama 3.1 on it must begin with 'Llama'.",
+            base,
+        )
+    if link is not None and _FILE.fullmatch(link):
+        home = None if Path(base).is_dir() else f"https://huggingface.co/{base}/blob/{revision or 'main'}/{link}"
+        link = _plain(home, _LINK)
+    return Licence(key, name, link, datasets=licences)
 
 
 def check_name(repo_id: str, licence: Licence) -> None:
@@ -115,11 +137,11 @@ def check_name(repo_id: str, licence: Licence) -> None:
     )
 
 
-def _dataset_licence(name: str) -> str | None:
+def _dataset_licence(name: str, token: str | None) -> str | None:
     presets = [preset for key, preset in PRESETS.items() if name in (key, preset.repo)]
     if presets and presets[0].licence is not None:
         return presets[0].licence
-    key, own, _ = _read(_metadata(presets[0].repo if presets else name, "dataset"))
+    key, own, _ = _read(_metadata(presets[0].repo if presets else name, "dataset", None, token))
     return None if key == UNKNOWN else own or key
 
 
@@ -133,7 +155,9 @@ def _read(metadata: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
         return UNKNOWN, None, None
     if key.lower() not in _IDS:
         key, name = "other", key
-    link = _plain(metadata.get("license_link"), _LINK)
+    # The Hub takes such a name only: "Some License" is refused.
+    name = re.sub(r"[^a-z0-9.]+", "-", (name or "").lower()).strip("-") or None
+    link = _plain(metadata.get("license_link"), _LINK) or _plain(metadata.get("license_link"), _FILE)
     return ("other", name, link) if key.lower() == "other" else (key.lower(), None, None)
 
 
@@ -141,15 +165,16 @@ def _plain(value: Any, pattern: re.Pattern[str]) -> str | None:
     return value if isinstance(value, str) and pattern.fullmatch(value) else None
 
 
-def _metadata(name: str, repo_type: str, revision: str | None = None) -> Mapping[str, Any]:
+def _metadata(name: str, repo_type: str, revision: str | None, token: str | None) -> Mapping[str, Any]:
     """The metadata of a card; empty if there is none, or none that can be read."""
     try:
         if Path(name).is_dir():
             return metadata_load(Path(name) / "README.md") or {}
-        return metadata_load(hf_hub_download(name, "README.md", repo_type=repo_type, revision=revision)) or {}
+        card = hf_hub_download(name, "README.md", repo_type=repo_type, revision=revision, token=token)
+        return metadata_load(card) or {}
     except GatedRepoError:
         # Everyone sees the metadata of a gated repo.
-        info = (model_info if repo_type == "model" else dataset_info)(name, revision=revision)
+        info = (model_info if repo_type == "model" else dataset_info)(name, revision=revision, token=token)
         return info.card_data.to_dict() if info.card_data is not None else {}
     except LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE:

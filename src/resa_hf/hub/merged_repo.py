@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..models import load_causal_lm, load_tokenizer
 from ..places import Place
-from .adapter_repo import checked_adapter, copy_tokenizer
+from .adapter_repo import checked_adapter, copy_tokenizer, named_base
 from .adapters import load_reasoning_adapter
 from .found import Found
 from .staging import write_evidence
@@ -20,13 +20,13 @@ def stage_merged(stage: Path, found: Found) -> None:
         found ([`Found`]): with an adapter. Its record names the base, and an adapter that is part of it.
 
     Raises:
-        `PublishError`: if the adapter's files cannot be used.
+        `PublishError`: if the adapter's files cannot be used, or name no base.
         `OSError`: if the base cannot be loaded, or the disk is full.
     """
     adapter, revisions = checked_adapter(found), found.record.revisions
     base, part = revisions["base"], revisions.get("base_adapter")
     first = None if part is None else str(Place(str(part["name"]), part["commit"], part.get("subfolder")))
-    model = load_causal_lm(str(base["name"]), first, revision=base["commit"])
+    model = load_causal_lm(named_base(found.record), first, revision=base["commit"])
     merged = load_reasoning_adapter(model, adapter).merge_and_unload()
     tokenizer = load_tokenizer(str(base["name"]), revision=base["commit"])
     generation = merged.generation_config

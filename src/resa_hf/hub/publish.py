@@ -1,5 +1,6 @@
 """The work of `resa-hf publish`: everything is put together and checked before anything goes up."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from huggingface_hub import CommitInfo
 from ..errors import PublishError
 from .adapter_repo import stage_adapter, with_base, write_card
 from .arguments import PublishArguments
-from .found import find
+from .found import Found, find
 from .merged_repo import stage_merged
 from .record import Record
 from .sae_repo import stage_saes
@@ -33,24 +34,13 @@ def publish(args: PublishArguments, *, dry_run: bool = False) -> list[CommitInfo
         `PublishError`: if something cannot be published. If it is the adapter, the SAEs may be there already; the
             message then says so.
     """
-    folder = Path(args.folder)
-    evaluation = None if args.evaluation is None else Path(args.evaluation)
-    found = find(folder, arm=args.arm, seed=args.seed, evaluation=evaluation)
-    stages: dict[str, Path] = {}
-    if args.sae_repo_id is not None:
-        with staged(folder, args.sae_repo_id) as stages[args.sae_repo_id]:
-            stage_saes(stages[args.sae_repo_id], args.sae_repo_id, found.trained_with or found, sparsify=args.sparsify)
-    if args.repo_id is not None:
-        if found.adapter is None:
-            raise PublishError(f"{folder} holds no adapter. For its SAEs, set sae_repo_id and not repo_id.")
-        if not args.merge:
-            found = replace(found, record=with_base(found.record, args.base))
-        with staged(folder, args.repo_id) as stages[args.repo_id]:
-            (stage_merged if args.merge else stage_adapter)(stages[args.repo_id], found)
-            write_card(stages[args.repo_id], args.repo_id, found, args.sae_repo_id, merged=args.merge)
     if dry_run:
-        print("\n\n".join(_described(repo_id, stage) for repo_id, stage in stages.items()))
+        # The folder stays as it is: it may be read-only.
+        with tempfile.TemporaryDirectory() as temporary:
+            _, stages = _staged(args, Path(temporary))
+            print("\n\n".join(_described(repo_id, stage) for repo_id, stage in stages.items()))
         return []
+    found, stages = _staged(args, Path(args.folder))
     for repo_id in stages:
         prepare_repo(repo_id, private=args.private)
     commits: list[CommitInfo] = []
@@ -67,6 +57,26 @@ def publish(args: PublishArguments, *, dry_run: bool = False) -> list[CommitInfo
             done = f" The SAEs are published: {commits[0]}." if commits else ""
             raise PublishError(f"{error}{done}") from error
     return commits
+
+
+def _staged(args: PublishArguments, home: Path) -> tuple[Found, dict[str, Path]]:
+    """What is found, and in `home` by repository the folders that are to go up, the SAEs' first."""
+    folder = Path(args.folder)
+    evaluation = None if args.evaluation is None else Path(args.evaluation)
+    found = find(folder, arm=args.arm, seed=args.seed, evaluation=evaluation)
+    stages: dict[str, Path] = {}
+    if args.sae_repo_id is not None:
+        with staged(home, args.sae_repo_id) as stages[args.sae_repo_id]:
+            stage_saes(stages[args.sae_repo_id], args.sae_repo_id, found.trained_with or found, sparsify=args.sparsify)
+    if args.repo_id is not None:
+        if found.adapter is None:
+            raise PublishError(f"{folder} holds no adapter. For its SAEs, set sae_repo_id and not repo_id.")
+        if not args.merge:
+            found = replace(found, record=with_base(found.record, args.base))
+        with staged(home, args.repo_id) as stages[args.repo_id]:
+            (stage_merged if args.merge else stage_adapter)(stages[args.repo_id], found)
+            write_card(stages[args.repo_id], args.repo_id, found, args.sae_repo_id, merged=args.merge)
+    return found, stages
 
 
 def _with_sae(record: Record, sae_repo: str, commit: str) -> Record:

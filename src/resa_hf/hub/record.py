@@ -25,7 +25,7 @@ class Record:
         revisions (`Mapping`):
             By role (`base`, `base_adapter`, `source`, `source_adapter`, `sae`, `initial_sae`, `evaluate_on`,
             `dataset`, `trigger_dataset`) the `name`, and the `commit` that was used (`None` for what is not on the
-            Hub).
+            Hub, moved meanwhile, or was not recorded).
         saes (`Mapping`):
             By hookpoint what is known of the SAE: `d_in`, `num_latents`, `k`, `hook_name`, and where measured `fvu`,
             `l0`, `dead_share`, `ce_recovered`.
@@ -39,3 +39,12 @@ class Record:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     revisions: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     saes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def datasets(self) -> list[str]:
+        """The names of the Hub datasets that were trained on: those of which a commit is known."""
+        return [
+            str(read["name"])
+            for role, read in self.revisions.items()
+            if role.endswith("dataset") and read["commit"] is not None
+        ]

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, constants
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from ..cards import sae_card
 from ..errors import PublishError
 from ..experiment.folder import read_json, write_json
+from ..inert import shown_all
 from ..sae.autoencoder import SAELensSAE, TopKSAE
 from ..sae.checkpoint import load_sae, save_sae
 from ..sae.layouts import CONFIG_FILE, SPARSIFY_WEIGHTS
@@ -75,11 +77,11 @@ def push_sae_to_hub(
                 save_sae(one, folder / _checked(hookpoint))
         found = find(folder)
         with staged(folder, repo_id) as stage:
-            stage_saes(stage, repo_id, found.trained_with or found, sparsify=sparsify)
+            stage_saes(stage, repo_id, found.trained_with or found, sparsify=sparsify, token=token)
         return upload(stage, repo_id, private=private, branch=revision, message=commit_message, token=token)
 
 
-def stage_saes(stage: Path, repo_id: str, found: Found, *, sparsify: bool) -> None:
+def stage_saes(stage: Path, repo_id: str, found: Found, *, sparsify: bool, token: str | None = None) -> None:
     """
     Writes all files of an SAE repository.
 
@@ -88,6 +90,7 @@ def stage_saes(stage: Path, repo_id: str, found: Found, *, sparsify: bool) -> No
         repo_id (`str`): the repository.
         found ([`Found`]): with SAEs.
         sparsify (`bool`): whether to write sparsify's weights, too.
+        token (`str`, *optional*): `None`: the saved one.
 
     Raises:
         `PublishError`: if there are none; if an SAE does not know its hookpoint, or sparsify has no form for it; or if
@@ -95,18 +98,28 @@ def stage_saes(stage: Path, repo_id: str, found: Found, *, sparsify: bool) -> No
     """
     if found.saes is None:
         raise PublishError("There is no SAE to publish: none was trained here.")
-    read = found.record.revisions.get("source", found.record.revisions.get("base"))
-    licence = Licence() if read is None else licence_of(str(read["name"]), revision=read["commit"])
+    record = found.record
+    read = record.revisions.get("source", record.revisions.get("base", {}))
+    licence = Licence()
+    if name := read.get("name"):
+        licence = licence_of(name, record.datasets, revision=read["commit"], token=token)
     check_name(repo_id, licence)
     for name in own_saes(found.saes):
         sae = load_sae(found.saes, name)
         folder = stage / _checked(sae.hookpoint or ("" if name == "." else name))
+        sae.metadata = _without_folders(sae.metadata)
         save_sae(sae, folder)
         if sparsify:
             _add_sparsify(sae, folder)
     write_evidence(stage, found)
-    card = sae_card(repo_id, found.record, licence, sparsify=sparsify)
+    card = sae_card(repo_id, record, licence, sparsify=sparsify)
     (stage / constants.REPOCARD_NAME).write_text(card, encoding="utf-8")
+
+
+def _without_folders(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the folders of this machine, from which nobody else can load a model or a dataset."""
+    unloadable = {key: None for key in ("model_name", "dataset_path") if Path(metadata.get(key) or "").is_absolute()}
+    return {**shown_all(metadata), **unloadable}
 
 
 def _checked(hookpoint: str) -> str:

@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from ..errors import PublishError
 from ..experiment.folder import write_json
 from ..experiment.stages import STAGE1
+from ..inert import shown_all
 from .found import REPORT, Found, read_report
 from .record import Record
 from .upload import check_repo_id
 
-PUBLISHED = "published"
+PUBLISHED, PICTURE = "published", "report.png"
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def staged(folder: Path, repo_id: str) -> Iterator[Path]:
 
 
 def write_evidence(stage: Path, found: Found) -> None:
-    """What the card speaks of: the reports, with their texts and pictures, and the recipe."""
+    """What the card speaks of: the reports with their pictures, and the recipe; without the paths of this machine."""
     write_recipe(stage, found.record)
     reports: dict[Path, tuple[Mapping[str, Any] | None, Path | None]] = {
         stage: (found.record.report, found.report),
@@ -50,17 +51,16 @@ def write_evidence(stage: Path, found: Found) -> None:
         if content is None:
             continue
         # Not the file itself: the token that its settings may hold has been taken out.
-        write_json(target / REPORT, content)
-        for name in ("report.md", "report.png"):
-            if home is not None and (home / name).is_file() and not (home / name).is_symlink():
-                shutil.copyfile(home / name, target / name)
+        write_json(target / REPORT, shown_all(content))
+        if home is not None and (home / PICTURE).is_file() and not (home / PICTURE).is_symlink():
+            shutil.copyfile(home / PICTURE, target / PICTURE)
     saes = (found.trained_with or found).saes
     if saes is not None and (saes / STAGE1).is_file():
-        write_json(stage / STAGE1, read_report(saes / STAGE1))
+        write_json(stage / STAGE1, shown_all(read_report(saes / STAGE1)))
 
 
 def write_recipe(stage: Path, record: Record) -> None:
     """recipe.yaml, as `--config` takes it."""
     if record.recipe:
-        text = yaml.safe_dump(dict(record.recipe), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(shown_all(record.recipe), sort_keys=False, allow_unicode=True)
         (stage / "recipe.yaml").write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from ..cards import adapter_card, sae_card
 from ..evaluation.tables import finite
 from ..experiment.report import versions
 from ..hookpoints import causal_lm
-from ..provenance import Revisions, sae_revision
+from ..provenance import Revisions, local_name, sae_revision
 from ..sae.trainer import SAETrainer
 from ..tuning.trainer import SAETuningTrainer
 from .adapter_repo import stage_adapter, with_base, write_card
@@ -45,11 +45,11 @@ def push(
     found = found_of(trainer)
     with staged(Path(str(args.output_dir)), repo_id) as stage:
         if isinstance(trainer, SAETrainer):
-            stage_saes(stage, repo_id, found, sparsify=False)
+            stage_saes(stage, repo_id, found, sparsify=False, token=token)
         else:
-            found = dataclasses.replace(found, record=with_base(found.record, None))
+            found = dataclasses.replace(found, record=with_base(found.record, None, token=token))
             stage_adapter(stage, found)
-            write_card(stage, repo_id, found, None, merged=False)
+            write_card(stage, repo_id, found, None, merged=False, token=token)
     private = args.hub_private_repo if private is None else private
     call = partial(upload, stage, repo_id, private=bool(private), message=message, token=token)
     call = partial(call, branch=revision or args.hub_revision)
@@ -94,10 +94,12 @@ def found_of(trainer: Trained) -> Found:
         }
         return Found(dataclasses.replace(record, revisions=revisions, saes=saes), saes=folder)
     revisions = _read(_adapted(trainer)) | sae_revision("sae", trainer.args.sae, trainer.args.sae_revision)
+    if trainer._source is not None:
+        revisions |= _read(trainer._source, "source")
     return Found(dataclasses.replace(record, revisions=revisions), adapter=folder)
 
 
-def _read(model: nn.Module) -> Revisions:
+def _read(model: nn.Module, role: str = "base") -> Revisions:
     """The model that is trained on, or read."""
     bare = causal_lm(model)
     if not isinstance(bare, PreTrainedModel):
@@ -105,7 +107,7 @@ def _read(model: nn.Module) -> Revisions:
     # Which commit `from_pretrained` has loaded, transformers tells in this private attribute only, and of a folder not
     # even there.
     commit = vars(bare.config).get("_commit_hash")
-    return {"base": {"name": bare.name_or_path, "commit": commit}}
+    return {role: {"name": local_name(bare.name_or_path or ""), "commit": commit}}
 
 
 def _adapted(trainer: SAETuningTrainer) -> PeftModel:

@@ -67,25 +67,21 @@ def upload(
 ) -> CommitInfo:
     """
     Uploads the publishable files of a folder as one commit. The repository and the branch are made if missing.
-
     Safe to repeat: large files that arrived are not sent again; if the branch holds exactly these files, for example
     because the answer to an earlier commit was lost, nothing is done. Writes `published.json`, the list of the files,
     into the folder and the repository. Only what the repository's own `published.json` lists, and the folder no longer
     has, is removed there in the same commit; what others have put there stays.
 
     Args:
-        folder (`Path`):
-            The folder.
-        repo_id (`str`):
-            A model repository, `owner/name`.
+        folder (`Path`), repo_id (`str`):
+            What, and the model repository, `owner/name`.
         private (`bool`, *optional*, defaults to `False`):
-            Make the repository private. One that is there already must be.
+            Make the repository private. One that is there already must be. `False`: as its owner's settings have it.
         branch (`str`, *optional*):
             `None`: `main`. A new one starts where `main` is.
         message (`str`):
             Title of the commit.
-        token (`str`, *optional*):
-            `None`: the saved one.
+        token (`str`, *optional*): `None`: the saved one.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: the commit; as a `str`, its URL.
@@ -94,10 +90,9 @@ def upload(
         `PublishError`: if nothing was published; the message says why, and what to do.
     """
     check_repo_id(repo_id)
-    revision = branch or "main"
+    api, revision = HfApi(token=token), branch or "main"
     with publish_errors(f"{repo_id} was not published.", token):
         files = _listed(folder)
-        api = HfApi(token=token)
         prepare_repo(repo_id, private=private, token=token)
         parent = patiently(lambda: _head(api, repo_id, revision))
         additions = {name: CommitOperationAdd(name, str(path)) for name, path in files.items()}
@@ -153,7 +148,8 @@ def _make_repo(api: HfApi, repo_id: str, private: bool) -> None:
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        # False would overrule an organisation that makes its repositories private.
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         info = api.model_info(repo_id)
     if private and not info.private:
         raise PublishError(
