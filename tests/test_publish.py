@@ -64,7 +64,7 @@ def test_the_commit_of_the_base(hub_with_base: HubServer, adapter: Callable[...,
     assert with_base(find(adapter()).record, None).revisions["base"] == {"name": "you/base", "commit": head}
     known = Record(revisions={"base": {"name": "you/base", "commit": "c" * 40}})
     assert with_base(known, None) is known
-    with pytest.raises(PublishError, match="The base you/none cannot be found on the Hub"):
+    with pytest.raises(PublishError, match="The base you/none could not be looked up on the Hub"):
         with_base(known, "you/none")
 
 

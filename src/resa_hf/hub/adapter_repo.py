@@ -81,7 +81,7 @@ def named_base(record: Record) -> str:
 def _head(base: str, token: str | None) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return commit_of(base)
-    with publish_errors(f"The base {base} cannot be found on the Hub: name it by --base.", token):
+    with publish_errors(f"The base {base} could not be looked up on the Hub.", token):
         return patiently(lambda: HfApi(token=token).model_info(base).sha)
 
 
