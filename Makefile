@@ -33,12 +33,13 @@ test: install  ## all tests, the slow ones too
 test-fast: install  ## the tests that take seconds
 	$(PYTEST) -m 'not gpu and not slow' $(ARGS)
 
-test-hub2:  ## the fast tests with huggingface_hub 2 and the newest math-verify, which the extra `eval` excludes
+test-hub2:  ## fast tests of what touches huggingface_hub 2 or the newest math-verify, which the extra `eval` excludes
 	$(PYTHON) -m venv $(VENV)-hub2
 	grep -vE '^(huggingface-hub|math-verify|latex2sympy2-extended)==' constraints.txt > $(VENV)-hub2/constraints.txt
 	$(VENV)-hub2/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(VENV)-hub2/constraints.txt -e '.[dev]' 'huggingface_hub>=2,<3' 'math-verify>=0.9'
-	OMP_NUM_THREADS=1 $(VENV)-hub2/bin/python -m pytest -n 2 -m 'not gpu and not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-hub2/bin/python -m pytest -n 2 -m 'not gpu and not slow' $(ARGS) \
+		$$(grep -lE '\bhub\b|is_correct' tests/test_*.py)
 
 test-recipes: install  ## every recipe on tiny stand-ins of its models, on a local Hub; takes hours
 	RESA_ALL_RECIPES=1 $(PYTEST) tests/test_recipes_on_hub.py $(ARGS)
