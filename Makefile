@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-hub2 test-recipes lint bench
+.PHONY: help install demo test test-fast test-all test-hub2 test-recipes lint bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,19 +27,22 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## the whole way on the tiny reasoner, offline; options in ARGS, for example ARGS=--full
 	$(BIN)/resa-hf demo $(ARGS)
 
-test: install  ## all tests, the slow ones too
-	$(PYTEST) -m 'not gpu' $(ARGS)
+test: install  ## the tests, the slow ones too
+	$(PYTEST) -m 'not gpu and not long' $(ARGS)
 
 test-fast: install  ## the tests that take seconds
-	$(PYTEST) -m 'not gpu and not slow' $(ARGS)
+	$(PYTEST) -m 'not gpu and not slow and not long' $(ARGS)
+
+test-all: install  ## all tests: round trips in fresh processes, thousands of broken files, examples of cards
+	$(PYTEST) -m 'not gpu' $(ARGS)
 
 test-hub2:  ## fast tests of what touches huggingface_hub 2 or the newest math-verify, which the extra `eval` excludes
 	$(PYTHON) -m venv $(VENV)-hub2
 	grep -vE '^(huggingface-hub|math-verify|latex2sympy2-extended)==' constraints.txt > $(VENV)-hub2/constraints.txt
 	$(VENV)-hub2/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(VENV)-hub2/constraints.txt -e '.[dev]' 'huggingface_hub>=2,<3' 'math-verify>=0.9'
-	OMP_NUM_THREADS=1 $(VENV)-hub2/bin/python -m pytest -n 2 -m 'not gpu and not slow' $(ARGS) \
-		$$(grep -lE '\bhub\b|is_correct' tests/test_*.py)
+	OMP_NUM_THREADS=1 $(VENV)-hub2/bin/python -m pytest -n 2 -m 'not gpu and not slow and not long' $(ARGS) \
+		$$(grep -lE 'HubServer|is_correct|licence_of' tests/test_*.py)
 
 test-recipes: install  ## every recipe on tiny stand-ins of its models, on a local Hub; takes hours
 	RESA_ALL_RECIPES=1 $(PYTEST) tests/test_recipes_on_hub.py $(ARGS)

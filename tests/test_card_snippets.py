@@ -39,7 +39,7 @@ def execute(hub: HubServer, home: Path, snippets: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_snippets_of_all_cards(hub: HubServer, run: Path, tmp_path: Path) -> None:
     commit = hub.create_repo("you/base", folder=tiny_path("base"))
     folder = str(run)

@@ -53,14 +53,14 @@ def check(make_model, file: Path, changes: list[Change]) -> None:
     assert refusal is None or 20 < len(refusal) < 2000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @FUZZ
 @given(changes=config_changes(KEYS, "rank_pattern", ["q_proj", "^model", "(a+)+$"]))
 def test_changed_settings(make_model, folder, changes):
     check(make_model, folder / "adapter_config.json", changes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @FUZZ
 @given(changes=st.lists(weights_change(), min_size=1, max_size=2))
 def test_changed_weights(make_model, folder, changes):

@@ -48,7 +48,7 @@ def check(file: Path, changes: list[Change]) -> None:
     assert refusal is None or 20 < len(refusal) < 2000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 @FUZZ
 @given(changes=config_changes(KEYS, "metadata", ["hookpoint", "hook_name", "sae_lens_version", "self", "x"]))
@@ -56,7 +56,7 @@ def test_changed_configurations(folders, layout, changes):
     check(folders[layout] / "cfg.json", changes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 @FUZZ
 @given(changes=st.lists(weights_change(), min_size=1, max_size=2))

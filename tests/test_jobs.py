@@ -87,7 +87,7 @@ def job(hub, tmp_path, monkeypatch):
     return ["--recipe", str(path), *place, "--private"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_publishes_and_goes_on_where_it_stopped(job, hub, tmp_path, capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
     assert main([*job, "--price_per_gpu_hour", "2.5"]) == 0

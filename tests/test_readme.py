@@ -26,7 +26,7 @@ def test_the_python_example_runs_and_leaves_an_adapter(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_loading_example_runs_on_what_a_run_has_published(hub: HubServer, run: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     load_tiny_source().save_pretrained(source)

@@ -90,7 +90,7 @@ def check_published(hub: HubServer, settings: dict, adapter: str | None, saes: s
         assert weights == {f"{hookpoint}/sae_weights.safetensors" for hookpoint in stage1["hookpoints"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", CHOSEN, ids=lambda path: "/".join(path.parts[-3:]))
 def test_a_recipe_on_the_local_hub(recipe: Path, hub: HubServer, serve, tmp_path: Path) -> None:
     kind = recipe.parent.name

@@ -22,7 +22,7 @@ from resa_hf.sae.checkpoint import load_sae
 from resa_hf.tiny import tiny_path
 
 pytest_plugins = ("publishable",)
-pytestmark = pytest.mark.slow  # each fresh process imports all libraries
+pytestmark = pytest.mark.long  # each fresh process imports all libraries
 
 IDS = [[1, 5, 9, 3, 7, 2]]
 # `import resa_hf` fails, as where it is not installed.
