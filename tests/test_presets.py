@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import httpx
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.utils import httpx
 
 from resa_hf.data import PRESETS, load_qa, load_questions
 from resa_hf.errors import DataError

@@ -278,5 +278,5 @@ def test_the_token_reads_the_licence_too(hub: HubServer, monkeypatch: pytest.Mon
     known = Record(revisions={"base": {"name": "me/secret", "commit": None}})
     with_token = with_base(known, None, token=hub.token)
     assert with_token.revisions["base"]["commit"] == hub.commits("me/secret")[0]
-    with pytest.raises(PublishError, match="me/secret cannot be found"):
+    with pytest.raises(PublishError, match="me/secret could not be looked up"):
         with_base(known, None)

@@ -12,11 +12,12 @@ import pytest
 import yaml
 from hub_server import HubServer
 from stand_in_data import serve_datasets
-from stand_ins import serve_models
 
 from resa_hf.cli import main as resa_hf
 
 pytest.importorskip("lighteval")
+
+from stand_ins import serve_models  # the benchmarks' prompts are lighteval's
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ALL = sorted(path for path in RECIPES.glob("*/*/*.yaml") if path.parts[-3] != "tiny-reasoner")
