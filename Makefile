@@ -5,11 +5,12 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+STAMP_HUB2 := $(VENV)-hub2/.installed
 # Two test processes on few cores: threads of their own would only fight.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-all test-hub2 test-recipes lint bench
+.PHONY: help install install-hub2 demo test test-fast test-all test-hub2 test-recipes lint bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,11 +37,16 @@ test-fast: install  ## the tests that take seconds
 test-all: install  ## all tests: round trips in fresh processes, thousands of broken files, examples of cards
 	$(PYTEST) -m 'not gpu' $(ARGS)
 
-test-hub2:  ## fast tests of what touches huggingface_hub 2 or the newest math-verify, which the extra `eval` excludes
+install-hub2: $(STAMP_HUB2)
+
+$(STAMP_HUB2): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-hub2
 	grep -vE '^(huggingface-hub|math-verify|latex2sympy2-extended)==' constraints.txt > $(VENV)-hub2/constraints.txt
 	$(VENV)-hub2/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(VENV)-hub2/constraints.txt -e '.[dev]' 'huggingface_hub>=2,<3' 'math-verify>=0.9'
+	@touch $@
+
+test-hub2: install-hub2  ## fast tests of what touches huggingface_hub 2 or the newest math-verify, which the extra `eval` excludes
 	OMP_NUM_THREADS=1 $(VENV)-hub2/bin/python -m pytest -n 2 -m 'not gpu and not slow and not long' $(ARGS) \
 		$$(grep -lE 'HubServer|is_correct|licence_of' tests/test_*.py)
 
