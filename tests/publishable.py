@@ -32,7 +32,6 @@ RECIPE = {
         "max_length": 64,
         "max_steps": 2,
         "learning_rate": 1e-2,
-        "hub_token": "hf_secret",
         "sae_id": "layers.1",
     },
     "sampling": {"max_new_tokens": 4},
@@ -40,10 +39,14 @@ RECIPE = {
 
 
 def train_run(folder: Path) -> Path:
-    """`resa-hf run` with one arm and one seed; the output folder."""
+    """`resa-hf run` with one arm and one seed; the output folder. A token is in the report's settings."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(json.dumps({**RECIPE, "output_dir": str(folder / "out")}))  # JSON is YAML
     assert main(["run", "--config", str(recipe)]) == 0
+    path = folder / "out" / "report.json"
+    report = json.loads(path.read_text())
+    report["settings"]["stage2"]["hub_token"] = "hf_secret"
+    path.write_text(json.dumps(report))
     return folder / "out"
 
 

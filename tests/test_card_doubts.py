@@ -57,8 +57,14 @@ def test_which_commit_of_the_base_each_way_of_loading_takes():
     text = card_of(Record(revisions=REVISIONS)).text
     assert text.count(f'from_pretrained("owner/base-1.5b", revision="{COMMIT}")  # or a sibling') == 1
     assert "This takes the newest commit of the base, not that above" in text
-    unpinned = card_of(Record(revisions={"base": {"name": "owner/base", "commit": None}})).text
-    assert "the newest commit of the base;" in unpinned and "revision=" not in unpinned
+
+
+def test_a_name_without_a_commit_may_be_that_of_a_folder():
+    revisions = {role: {"name": "models/mine", "commit": None} for role in ("base", "source", "sae", "dataset")}
+    card = card_of(Record(revisions=revisions))
+    assert "co/models/mine" not in card.text and "co/datasets/models/mine" not in card.text
+    assert card.data.base_model is card.data.datasets is None and "from_pretrained" not in card.text
+    assert card.text.count("| `models/mine` | not recorded |") == 4
 
 
 @pytest.mark.parametrize(
@@ -91,5 +97,7 @@ def test_gpus_are_counted_and_cores_are_not(tmp_path, kind, count, words):
 
 def test_a_llama_card_tells_what_must_be_added():
     record = Record(revisions={**REVISIONS, "dataset": {"name": "owner/q", "commit": OTHER}})
-    assert "a copy of itself and a `Notice` file" in card_of(record, Licence("llama3.2")).text
-    assert "Notice" not in card_of(record).text
+    assert "could not add: a copy of itself and a `Notice` file." in card_of(record, Licence("llama3.2")).text
+    assert "could not add: a copy of itself." in card_of(record, Licence("llama3.2", files=["NOTICE"])).text
+    for licence in (Licence("llama3.2", files=["LICENSE.txt", "NOTICE"]), Licence("mit")):
+        assert "could not add" not in card_of(record, licence).text

@@ -91,6 +91,10 @@ def test_tasks_have_lines_of_their_own_and_entries_in_the_metadata(tmp_path):
     # What the tasks table of the benchmarks pins.
     assert aime["dataset"]["type"] == "HuggingFaceH4/aime_2024" and aime["dataset"]["name"] == "aime24"
     assert aime["dataset"]["revision"] == "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
+    # The benchmarks are no part of what it was made from.
+    pinned = ["resa:aime24", r"[HuggingFaceH4/aime\_2024](https://huggingface.co/datasets/HuggingFaceH4/aime_2024)"]
+    assert tables(text)[2] == [["task", "dataset", "commit"], [*pinned, aime["dataset"]["revision"]]]
+    assert "resa:" not in text.split("## Made from")[1].split("##")[0]
     assert aime["task"] == {"type": "text-generation"} and aime["metrics"][0]["type"] == "accuracy"
     accuracy = line["tasks"]["resa:aime24"]["accuracy"]["estimate"]
     assert aime["metrics"][0]["value"] == pytest.approx(accuracy, abs=5e-5)
@@ -221,7 +225,7 @@ def test_what_is_not_known_of_its_making_is_not_claimed():
     assert "trained by" not in made({}) and ModelCard(made({})).data.tags == ["resa-hf", "lora"]
     assert "trained by" not in sae_card("me/sae", Record(saes=SAES), Licence())
     untold = adapter_card("me/x", Record(), Licence(), adapter_config={**CONFIG, "base_model_name_or_path": "owner/b"})
-    assert "for [owner/b](https://huggingface.co/owner/b) (rank 16, alpha 64)." in untold
+    assert "for `owner/b` (rank 16, alpha 64)." in untold
 
 
 def test_metadata_of_an_adapter_and_a_merged_model():

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mutations import Change, apply, config_changes, weights_change
 from peft import LoraConfig, get_peft_model
 
+from resa_hf.adapters import load_reasoning_adapter
 from resa_hf.errors import IncompatibleAdapterError
-from resa_hf.hub.adapters import load_reasoning_adapter
 
 KEYS = [
     *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias"),

@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 from sae_files import D_IN, LATENTS, edit, make_sae
 from safetensors.torch import load_file, save_file
 
+from resa_hf.adapters import load_reasoning_adapter
 from resa_hf.errors import IncompatibleAdapterError, IncompatibleSAEError
-from resa_hf.hub.adapters import load_reasoning_adapter
 from resa_hf.models import load_causal_lm
 from resa_hf.sae.checkpoint import load_sae, save_sae
 

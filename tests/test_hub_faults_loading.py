@@ -15,7 +15,7 @@ from sae_files import make_x
 from torch import Tensor
 
 from resa_hf import load_sae, save_sae
-from resa_hf.hub.adapters import load_reasoning_adapter
+from resa_hf.adapters import load_reasoning_adapter
 from resa_hf.sae.autoencoder import TopKSAE
 
 ALL = (".*", ".*")

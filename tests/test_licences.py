@@ -175,6 +175,6 @@ def test_names_that_a_licence_asks_for(licence, name, suggested):
 def test_words_that_a_licence_asks_for():
     assert Licence("llama3").attribution == "Built with Meta Llama 3"
     assert Licence("llama3.2").attribution == Licence("llama4").attribution == "Built with Llama"
-    notice = [Licence("llama2"), Licence("llama3.2"), Licence("other", "llama-3.1"), Licence("mit"), Licence()]
-    assert [licence.asks_for_notice for licence in notice] == [True, True, True, False, False]
+    named = [Licence("llama2"), Licence("llama3.2"), Licence("other", "llama-3.1"), Licence("mit"), Licence()]
+    assert [bool(licence.lacks) for licence in named] == [True, True, True, False, False]
     assert Licence("llama2").attribution is Licence("mit").attribution is None

@@ -10,8 +10,8 @@ from adapter_files import logits, save_adapter
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from resa_hf.adapters import load_reasoning_adapter
 from resa_hf.errors import IncompatibleAdapterError
-from resa_hf.hub.adapters import load_reasoning_adapter
 
 KINDS = ["qwen2", "qwen3", "llama", "gpt2"]
 FILE = "adapter_model.safetensors"

@@ -9,10 +9,10 @@ from adapter_files import logits, save_adapter
 from huggingface_hub import constants, get_token, hf_hub_download
 from sae_files import make_sae
 
+from resa_hf.adapters import load_reasoning_adapter
 from resa_hf.errors import IncompatibleAdapterError, IncompatibleSAEError
-from resa_hf.hub.adapters import load_reasoning_adapter
 from resa_hf.models import load_causal_lm, load_tokenizer
-from resa_hf.sae.checkpoint import load_sae, save_sae
+from resa_hf.sae.checkpoint import list_saes, load_sae, save_sae
 
 
 @pytest.fixture
@@ -147,6 +147,29 @@ def test_file_names_of_a_repository_that_lead_out(hub, folders):
     hub.create_repo("me/saes", files={f"../../evil/{name}": content for name, content in files.items()})
     with pytest.raises(IncompatibleSAEError, match="'../../evil' must lie inside"):
         load_sae("me/saes")
+
+
+def test_an_sae_by_its_place_online_and_offline(hub, folders, monkeypatch):
+    for name in ("layers.1", "run/layers.1", "run/layers.2"):
+        save_sae(make_sae(seed=len(name)), folders / "several" / name)
+    first = hub.create_repo("me/saes", folder=folders / "several")
+    hub.commit("me/saes", {"README.md": "later"})
+    for online in (True, False):
+        for place, sae_id, seed in (
+            (f"me/saes@{first}", "layers.1", 8),
+            (f"me/saes@{first}/layers.1", None, 8),
+            (f"me/saes@{first}/run", "layers.2", 12),
+            (f"hf://me/saes@{first}/run/layers.1", ".", 12),
+        ):
+            assert load_sae(place, sae_id).metadata["seed"] == seed
+            assert load_sae(place, sae_id, revision=first).metadata["seed"] == seed
+        assert list_saes(f"me/saes@{first}/run") == ["layers.1", "layers.2"]
+        with pytest.raises(IncompatibleSAEError, match="names the revision '.*', and 'main' is given beside it"):
+            load_sae(f"me/saes@{first}", revision="main")
+        with pytest.raises(IncompatibleSAEError, match="holds 2 SAEs. Choose one by sae_id: layers.1, layers.2"):
+            load_sae(f"me/saes@{first}/run")
+        offline(monkeypatch, hub) if online else None
+    assert hub.requests == []
 
 
 def test_an_sae_by_branch_and_commit_online_and_offline(hub, folders, monkeypatch):

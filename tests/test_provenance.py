@@ -14,6 +14,7 @@ from sae_files import make_sae
 from sae_reference import config, train
 
 from resa_hf.arguments import ModelArguments, SourceArguments
+from resa_hf.evaluation.benchmarks import task_revisions
 from resa_hf.experiment.loading import answering_revisions
 from resa_hf.experiment.settings import RunArguments
 from resa_hf.models import load_causal_lm
@@ -26,7 +27,6 @@ from resa_hf.provenance import (
     sae_metadata,
     sae_revision,
     source_revisions,
-    task_revisions,
 )
 from resa_hf.sae.checkpoint import load_sae, save_sae
 from resa_hf.sae.trainer import SAETrainer
@@ -140,12 +140,14 @@ def test_an_sae_is_found_whichever_folder_it_lies_in(hub: HubServer, make_model:
     load_sae("me/saes")
     hub.commit("me/saes", {"README.md": "later"})
     assert sae_revision("initial_sae", "me/saes", None) == {"initial_sae": {"name": "me/saes", "commit": commit}}
+    placed = {"name": "me/saes", "commit": commit, "subfolder": "some/where"}
+    assert sae_revision("sae", f"me/saes@{commit}/some/where", None) == {"sae": placed}
     assert sae_revision("sae", None, None) == {}
     narrow = make_model("qwen2", hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
     trainer = SAETrainer(
-        narrow, config(tmp_path, num_latents=None, k=None, initial_sae="me/saes", initial_sae_revision=commit)
+        narrow, config(tmp_path, num_latents=None, k=None, initial_sae=f"me/saes@{commit}/some/where")
     )
-    assert trainer.saes["layers.1"].metadata["initial_sae"]["commit"] == commit
+    assert trainer.saes["layers.1"].metadata["initial_sae"] == {**placed, "revision": commit, "id": None}
 
 
 def test_what_the_caller_knows_is_saved_with_every_sae(make_model: ModelFactory, tmp_path: Path) -> None:

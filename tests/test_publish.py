@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ModelFactory
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from sae_files import make_sae
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from resa_hf.cli import main
 from resa_hf.errors import PublishError
 from resa_hf.hub.adapter_repo import with_base
-from resa_hf.hub.found import find
+from resa_hf.hub.folder_contents import find
 from resa_hf.hub.record import Record
 from resa_hf.hub.sae_repo import push_sae_to_hub
 from resa_hf.sae.checkpoint import save_sae
@@ -104,6 +106,21 @@ def test_what_is_published_of_a_run(hub_with_base: HubServer, run: Path, capsys:
     merged = hub_with_base.files("me/a")
     assert "model.safetensors" in merged and "generation_config.json" in merged
     assert "adapter_config.json" not in merged and "adapter_model.safetensors" not in merged
+
+
+def test_a_merged_model_names_the_commit_that_was_merged(
+    hub: HubServer,
+    adapter: Callable[..., Path],
+    make_model: ModelFactory,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    make_model("qwen2").save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    commit = hub.create_repo("you/base", folder=tmp_path / "base")
+    assert main(["publish", "--folder", str(adapter()), "--repo_id", "me/m", "--merge"]) == 0
+    card = ModelCard(hub.files("me/m")["README.md"].decode())
+    assert card.data.base_model == "you/base" and f"(https://huggingface.co/you/base) | `{commit}` |" in card.text
 
 
 def test_a_wrong_name_is_refused_before_anything_goes_up(hub: HubServer, adapter: Callable[..., Path]) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
 
 from resa_hf.errors import PublishError
-from resa_hf.hub.trained import found_of
+from resa_hf.hub.trainer_push import found_of
 from resa_hf.sae.autoencoder import TopKSAE
 from resa_hf.sae.checkpoint import load_sae, save_sae
 from resa_hf.sae.config import SAETrainingConfig
@@ -56,6 +56,8 @@ def published(hub: HubServer, repo: str, branch: str = "main") -> set[str]:
 def test_an_adapter(hub: HubServer, base: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     settings = {"hub_model_id": "me/tuned", "hub_private_repo": True, "hub_token": hub.token, "seed": 5}
     trainer = tuner(base, tmp_path / "out", tiny_tokenizer, save_strategy="steps", save_steps=1, **settings)
+    (read,) = hub.commits(base)
+    hub.commit(base, {"note.txt": "after it was loaded"})
     trainer.train()
     assert (tmp_path / "out" / "checkpoint-1" / "optimizer.pt").is_file()
     commit = trainer.push_to_hub("My message", revision="dev")
@@ -72,7 +74,7 @@ def test_an_adapter(hub: HubServer, base: str, tmp_path: Path, tiny_tokenizer: P
     report = json.loads(files["report.json"])
     assert report["settings"]["max_steps"] == 2 and report["settings"]["seed"] == 5 and report["log"]
     config = json.loads(files["adapter_config.json"])
-    assert (config["base_model_name_or_path"], config["revision"]) == (base, hub.commits(base)[0])
+    assert (config["base_model_name_or_path"], config["revision"]) == (base, read)
     loaded = AutoPeftModelForCausalLM.from_pretrained("me/tuned", revision="dev", dtype=torch.float32)
     ids = torch.tensor([ROWS[0]["input_ids"]])
     with torch.no_grad():
@@ -95,6 +97,8 @@ def test_saes(hub: HubServer, base: str, tmp_path: Path) -> None:
     }
     card = ModelCard(hub.files("me/my-saes")["README.md"].decode())
     assert card.data.library_name == "saelens" and card.data.base_model == base
+    metadata = json.loads(hub.files("me/my-saes")["layers.1/cfg.json"])["metadata"]
+    assert (metadata["model_name"], metadata["model_revision"]) == (base, hub.commits(base)[0])
     measured = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert f"{measured['eval_fvu/layers.1']:.4g}" in card.content
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
@@ -165,4 +169,5 @@ def test_the_source_is_told(
     model, source = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (base, "you/source"))
     trainer = SAETuningTrainer(model, args, ROWS, processing_class=tiny_tokenizer, source_model=source)
     read = found_of(trainer).record.revisions
-    assert (read["base"]["name"], read["source"]["name"]) == (base, "you/source")
+    assert read["base"] == {"name": base, "commit": hub.commits(base)[0]}
+    assert read["source"] == {"name": "you/source", "commit": hub.commits("you/source")[0]}

@@ -17,7 +17,7 @@ _HOMES = {
     "SAETuningConfig": "tuning.config",
     "SAETuningTrainer": "tuning.trainer",
     "capture": "hookpoints",
-    "load_reasoning_adapter": "hub.adapters",
+    "load_reasoning_adapter": "adapters",
     "load_sae": "sae.checkpoint",
     "push_sae_to_hub": "hub.sae_repo",
     "resolve_hookpoint": "hookpoints",
@@ -43,9 +43,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adapters import load_reasoning_adapter
     from .errors import HookpointError, IncompatibleAdapterError, IncompatibleSAEError
     from .hookpoints import capture, resolve_hookpoint, splice
-    from .hub.adapters import load_reasoning_adapter
     from .hub.sae_repo import push_sae_to_hub
     from .sae.checkpoint import load_sae, save_sae
     from .sae.config import SAETrainingConfig

@@ -23,9 +23,10 @@ class ModelArguments:
 
     Args:
         model_name_or_path (`str`):
-            Hub repo or folder. `resa_hf/tiny/base` and `resa_hf/tiny/source` ship in the package.
+            Hub repo, also as `owner/name@revision/sub/folder`, or a folder. `resa_hf/tiny/base` and
+            `resa_hf/tiny/source` ship in the package.
         model_adapter (`str`, *optional*):
-            A LoRA adapter of it, merged first.
+            A LoRA adapter of it, merged first; named in the same way.
         model_revision (`str`, *optional*):
             Its revision.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -53,9 +54,9 @@ class SourceArguments:
 
     Args:
         source_model (`str`, *optional*):
-            Hub repo or folder. `None`: the target model itself.
+            Hub repo, also as `owner/name@revision/sub/folder`, or a folder. `None`: the target model itself.
         source_adapter (`str`, *optional*):
-            A LoRA adapter of it, merged first (that is how Tina's checkpoints come).
+            A LoRA adapter of it, merged first (that is how Tina's checkpoints come); named in the same way.
         source_revision (`str`, *optional*):
             Its revision.
     """

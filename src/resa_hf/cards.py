@@ -1,6 +1,6 @@
 """Model cards of adapters, merged models and SAEs, from plain data: what their reports say, and nothing else.
 
-What a user or a repository has named is put into them by [`inert`]. `.eval_results/` is not written: the Hub takes
+What a user or a repository has named is put into them by [`escaping`]. `.eval_results/` is not written: the Hub takes
 there only results on datasets that are registered as benchmarks, with their task's id
 (huggingface.co/docs/hub/eval-results), and a report knows neither.
 """
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .escaping import as_yaml, code, plain, prose
 from .evidence import Evidence, evidence_of_evaluation, evidence_of_run
-from .inert import as_yaml, code, plain, prose
 
 if TYPE_CHECKING:
     from .hub.licences import Licence
@@ -75,7 +74,8 @@ def adapter_card(
         found=found,
         base=base,
         quality=_quality(_trained_with(record)),
-        origins=_origins(record, licence, "base", found),
+        origins=_origins(record, licence, "base"),
+        benchmarks=_benchmarks,
         trained=_training(record),
         chat=record.recipe.get("template") == "chat",  # then the base has a chat template
     )
@@ -143,10 +143,13 @@ def _metadata(
 
 
 def _on_hub(entry: Mapping[str, str | None]) -> bool:
-    """Whether others can load it. Where no commit is known, a name with an owner that is no folder here."""
+    """Whether others can load it. Without a commit, the name may be that of a folder on somebody's machine."""
+    return entry["commit"] is not None and _is_repo_name(entry)
+
+
+def _is_repo_name(entry: Mapping[str, str | None]) -> bool:
     name = str(entry["name"])
-    is_repo = _REPO.fullmatch(name) is not None and not name.startswith("resa_hf/")
-    return is_repo and (entry["commit"] is not None or ("/" in name and not Path(name).exists()))
+    return _REPO.fullmatch(name) is not None and not name.startswith("resa_hf/")
 
 
 def _link(entry: Mapping[str, str | None], dataset: bool = False) -> str:
@@ -156,11 +159,10 @@ def _link(entry: Mapping[str, str | None], dataset: bool = False) -> str:
     return f"[{prose(name)}](https://huggingface.co/{'datasets/' if dataset else ''}{entry['name']})"
 
 
-def _origins(record: Record, licence: Licence, licensed: str, found: Sequence[Evidence] = ()) -> list[list[str]]:
-    """What it was made from and evaluated on, a row each: role, name, commit, licence (of the role `licensed`)."""
+def _origins(record: Record, licence: Licence, licensed: str) -> list[list[str]]:
+    """What it was made from, a row each: role, name, commit, licence (of the role `licensed`)."""
     rows = []
-    benchmarks = {task: entry for one in found for task, entry in one.benchmarks.items()}
-    for role, entry in {**record.revisions, **benchmarks}.items():
+    for role, entry in record.revisions.items():
         commit = entry["commit"]
         terms = {licensed: licence.name or licence.id}
         if role in _DATASETS:
@@ -168,12 +170,24 @@ def _origins(record: Record, licence: Licence, licensed: str, found: Sequence[Ev
         rows.append(
             [
                 prose(role.replace("_", " ")),
-                _link(entry, dataset=role in (*_DATASETS, *benchmarks)),
-                ("not recorded" if _on_hub(entry) else "not on the Hub") if commit is None else code(commit),
+                _link(entry, dataset=role in _DATASETS),
+                _unrecorded(entry) if commit is None else code(commit),
                 code(terms[role]) if role in terms else "",
             ]
         )
     return rows
+
+
+def _unrecorded(entry: Mapping[str, str | None]) -> str:
+    return "not recorded" if "/" in str(entry["name"]) and _is_repo_name(entry) else "not on the Hub"
+
+
+def _benchmarks(one: Evidence) -> list[list[str]]:
+    """What it was evaluated on, a row each: task, dataset, commit."""
+    return [
+        [code(task), _link(entry, dataset=True), code(entry["commit"] or "not pinned")]
+        for task, entry in one.benchmarks.items()
+    ]
 
 
 def _trained_with(record: Record) -> Mapping[str, Mapping[str, Any]]:
@@ -231,7 +245,7 @@ def _results(repo_id: str, record: Record, found: Sequence[Evidence]) -> dict[st
     for task, accuracy in one.accuracies.items():
         held_out = task == "held_out"
         entry = record.revisions.get("dataset") if held_out else one.benchmarks.get(task)
-        if entry is None or not _on_hub(entry):
+        if entry is None or not (_on_hub(entry) if held_out else _is_repo_name(entry)):
             continue
         pretty = f"held-out questions of {entry['name']}" if held_out else task.removeprefix("resa:")
         results.append(

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
-_AGAIN = "Start again: what has been downloaded is kept, and with HF_HUB_OFFLINE=1 it is used without the Hub."
+_AGAIN = "Start again: files that arrived are kept, and with HF_HUB_OFFLINE=1 they are used without the Hub."
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def hub_errors(repo: str, revision: str | None, error: type[ValueError]) -> Iter
             where = repo if revision is None else f"{repo}@{revision}"
             raise error(
                 f"There is no folder {repo!r} here, the Hub is switched off (HF_HUB_OFFLINE), and {where} is not "
-                "downloaded yet, or not wholly. Do that once while online."
+                "downloaded yet, or not wholly. Do that once while online; files that arrived are kept."
             ) from None
         raise _unreachable(repo, cause.__cause__ or cause) from None
     except (HfHubHTTPError, httpx.HTTPError) as cause:
@@ -62,7 +62,8 @@ def hub_errors(repo: str, revision: str | None, error: type[ValueError]) -> Iter
             raise
         raise OSError(
             errno.ENOSPC,
-            "The disk is full. Make room or set HF_HOME to another disk, then start again.",
+            "The disk is full. Make room, then start again: files that arrived are kept. Or set HF_HOME to another "
+            "disk.",
             constants.HF_HOME,
         ) from cause
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import PublishError
-from .inert import code, plain, prose
+from .escaping import code, plain, prose
 
 _THAN_BASE = {
     "better": "better than its base",

@@ -12,8 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .adapters import base_of_adapter, load_reasoning_adapter
 from .errors import IncompatibleAdapterError
-from .hub.adapters import base_of_adapter, load_reasoning_adapter
 from .places import Place, parse_place
 
 
@@ -40,7 +40,7 @@ def load_causal_lm(
 
     Raises:
         `OSError`: if there is no such model; the message names it.
-        `IncompatibleAdapterError`: for an adapter that [`~resa_hf.hub.adapters.load_reasoning_adapter`] refuses.
+        `IncompatibleAdapterError`: for an adapter that [`~resa_hf.adapters.load_reasoning_adapter`] refuses.
     """
     try:
         *adapters, base = _chain(_place(name, revision))
@@ -70,6 +70,12 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(
         base.name, revision=base.revision, subfolder=base.subfolder or "", trust_remote_code=False
     )
+
+
+def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
+    """A model that `load_causal_lm` takes without its weights: on the meta device, from its configuration alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(name, revision=revision))
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -1,6 +1,5 @@
 """Which commits were read: of models, adapters, SAEs and datasets, by their role. Asked after loading, offline."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +7,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import PreTrainedModel
 
+from .adapters import base_of_adapter
 from .arguments import ModelArguments, SourceArguments
 from .data import TINY
-from .evaluation.benchmarks import BENCHMARKS, DATA_DIR
-from .hub.adapters import base_of_adapter
+from .hookpoints import causal_lm
 from .places import Place, parse_place
 from .tiny import tiny_path
 
@@ -43,6 +44,16 @@ def commit_of(name: str, *, revision: str | None = None) -> str | None:
     except (HFValidationError, LocalEntryNotFoundError):
         return None
     return Path(snapshot).name
+
+
+def loaded_revision(role: str, model: nn.Module) -> Revisions:
+    """
+    What a model that somebody has loaded came from. It does not tell its revision: the commit is that of `main` in the
+    local cache, where libraries that ask the Hub about the model later may move it.
+    """
+    bare = causal_lm(model)
+    name = bare.config.name_or_path if isinstance(bare, PreTrainedModel) else None
+    return {} if name is None else {role: {"name": local_name(name), "commit": commit_of(name)}}
 
 
 def local_name(name: str) -> str:
@@ -99,7 +110,7 @@ def source_revisions(args: ModelArguments, source: SourceArguments) -> Revisions
 
 def sae_revision(role: str, name: str | None, revision: str | None) -> Revisions:
     """An SAE that was taken and not trained, `"sae"` or `"initial_sae"`; nothing where there is none."""
-    return {} if name is None else {role: {"name": local_name(name), "commit": commit_of(name, revision=revision)}}
+    return {} if name is None else {role: place_revision(parse_place(name, revision=revision))}
 
 
 def data_revisions(report: Mapping[str, Any]) -> Revisions:
@@ -112,14 +123,6 @@ def data_revisions(report: Mapping[str, Any]) -> Revisions:
             is_local = commit is None and name not in TINY
             read[role] = {"name": local_name(name) if is_local else name, "commit": commit}
     return read
-
-
-def task_revisions(tasks: Iterable[str]) -> Revisions:
-    """The benchmarks among tasks, by the tasks' names, at the commits that they are pinned to."""
-    if os.environ.get(DATA_DIR):
-        return {}
-    known = {task: BENCHMARKS[name] for task in tasks if (name := task.removeprefix("resa:")) in BENCHMARKS}
-    return {task: {"name": benchmark.repo, "commit": benchmark.revision} for task, benchmark in known.items()}
 
 
 def sae_metadata(read: Revisions, dataset: Revision) -> dict[str, Any]:

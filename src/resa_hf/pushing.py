@@ -46,7 +46,7 @@ class PushToHub:
         Raises:
             `PublishError`: if it cannot be published; nothing was uploaded then.
         """
-        from .hub.trained import push  # what publishes knows the trainers, and not the other way round
+        from .hub.trainer_push import push  # what publishes knows the trainers, and not the other way round
 
         return push(self, commit_message or "End of training", blocking, token, revision, private)  # type: ignore[arg-type]
 
@@ -57,6 +57,6 @@ class PushToHub:
         Args:
             args, kwargs: Those of the Trainer, for its own card; they have no use here.
         """
-        from .hub.trained import write_draft
+        from .hub.trainer_push import write_draft
 
         write_draft(self)  # type: ignore[arg-type]

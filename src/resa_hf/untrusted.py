@@ -27,7 +27,7 @@ def read_json_object(path: Path, root: Path, error: type[ValueError]) -> dict[st
         `error`: if it is missing, larger than 1 MiB, no JSON object, nested deeper than 64 levels, or names a key
             twice.
     """
-    _check_plain(path, root, error)
+    check_plain(path, root, error)
     if path.stat().st_size > _JSON_BYTES:
         raise error(f"{path} is larger than {_JSON_BYTES} bytes: too large for a configuration.")
     try:
@@ -61,7 +61,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _check_plain(path: Path, root: Path, error: type[ValueError]) -> None:
+def check_plain(path: Path, root: Path, error: type[ValueError]) -> None:
     """Raises unless it is a regular file whose links stay inside, or lead to the blobs of the Hub's own cache."""
     if not path.is_file():
         raise error(f"{path} is missing, or no regular file.")
@@ -82,7 +82,7 @@ def read_shapes(path: Path, root: Path, error: type[ValueError]) -> dict[str, tu
     Raises:
         `error`: if it is missing, no whole safetensors file, or has a tensor that is not floating.
     """
-    _check_plain(path, root, error)
+    check_plain(path, root, error)
     with path.open("rb") as raw:
         start, header = raw.read(8), raw.read(1)
     # A header's length may begin with these bytes, too; the header itself is JSON.

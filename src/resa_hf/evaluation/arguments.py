@@ -20,8 +20,9 @@ class EvaluateArguments(ModelArguments):
 
     Args:
         adapters (`list[str]`, *optional*):
-            Folders or Hub repos of PEFT adapters, as `name=folder` if the report is to call them by a name; with
-            `server`, the names under which it serves them. The names must also differ as folder names.
+            PEFT adapters: folders or Hub repos, also as `owner/name@revision/sub/folder`; as `name=folder` if the
+            report is to call them by a name. With `server`, the names under which it serves them. The names must also
+            differ as folder names.
         controls (`list[str]`, *optional*):
             Adapters that the others should beat, such as one tuned with a random SAE.
         rl_adapter (`str`, *optional*):

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +97,14 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "math", "openai/gsm8k", 1319, "740312add88f781978c0658806c59bc2815b9866", subset="main", split="test"
     ),
 }
+
+
+def task_revisions(tasks: Iterable[str]) -> dict[str, dict[str, str | None]]:
+    """`name` and `commit` of the benchmarks among tasks, by the tasks' names, as they are pinned."""
+    if os.environ.get(DATA_DIR):
+        return {}
+    known = {task: BENCHMARKS[name] for task in tasks if (name := task.removeprefix("resa:")) in BENCHMARKS}
+    return {task: {"name": benchmark.repo, "commit": benchmark.revision} for task, benchmark in known.items()}
 
 
 def load_benchmark(name: str) -> datasets.Dataset:

@@ -73,7 +73,20 @@ def prepare(
     tokens = {name: _write_tokens(folder, name, part, run, tokenizer, max_length) for name, part in parts.items()}
     if prose:
         tokens["prose"] = _write_prose(folder, run, tokenizer, max_length)
-    report = {
+    report = _read(run, qa, trigger_qa) | {
+        "train_rows": len(train),
+        "held_out_rows": len(held_out),
+        "selection_rows": len(questions.get("selection", [])),
+        "tokens": tokens,
+    }
+    write_json(folder.data("questions.json"), questions)
+    write_json(folder.data("data.json"), report)
+    return report
+
+
+def _read(run: RunArguments, qa: QAReport, trigger_qa: QAReport) -> dict[str, Any]:
+    """What was read."""
+    return {
         "dataset": run.dataset,
         "dataset_repo": qa.repo,
         "dataset_commit": qa.commit,
@@ -86,14 +99,7 @@ def prepare(
         "kept": qa.kept,
         "fingerprint": qa.fingerprint,
         "trigger_fingerprint": trigger_qa.fingerprint,
-        "train_rows": len(train),
-        "held_out_rows": len(held_out),
-        "selection_rows": len(questions.get("selection", [])),
-        "tokens": tokens,
     }
-    write_json(folder.data("questions.json"), questions)
-    write_json(folder.data("data.json"), report)
-    return report
 
 
 def _check_tokenizers(run: RunArguments, tokenizer: PreTrainedTokenizerBase, source_teaches: bool) -> None:

@@ -77,18 +77,14 @@ def collect(folder: RunFolder, settings: RunSettings, chosen: dict[str, Candidat
     """Reads the answers of all arms and judges them against the base, which comes first."""
     arms = [BASE, *settings.arms]
     read = {arm.name: _read(folder, settings, arm, chosen.get(arm.like or arm.name)) for arm in arms}
-    answers = [
-        Answers(arm.name, {task: [seed[task]["correct"] for seed in seeds] for task in seeds[0]}, arm.is_seeded)
-        for arm in arms
-        for seeds in [read[arm.name][0]]
-    ]
+    answers = [_answers(arm, read[arm.name][0]) for arm in arms]
     compared = compare(
         answers[0],
         answers[1:],
         settings.run.margin,
-        _controls(settings.arms),
+        controls_of(settings.arms),
         settings.run.rl_arm,
-        _without_stand_in(settings.arms),
+        without_stand_in(settings.arms),
     )
     return [
         ArmResult(arm=arm, compared=line, candidate=chosen.get(arm.like or arm.name), **read[arm.name][1])
@@ -96,7 +92,17 @@ def collect(folder: RunFolder, settings: RunSettings, chosen: dict[str, Candidat
     ]
 
 
-def _controls(arms: list[Arm]) -> dict[str, list[str]]:
+def answers_of(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidate | None) -> Answers:
+    """What an arm answered to the questions of the verdict."""
+    places = [folder.arm(arm, candidate, seed) for seed in settings.run.seeds]
+    return _answers(arm, [read_answers(place, HELD_OUT) for place in places])
+
+
+def _answers(arm: Arm, seeds: list[dict[str, Any]]) -> Answers:
+    return Answers(arm.name, {task: [seed[task]["correct"] for seed in seeds] for task in seeds[0]}, arm.is_seeded)
+
+
+def controls_of(arms: list[Arm]) -> dict[str, list[str]]:
     """The controls of every arm that is held against some: those with an SAE, and those that a control names."""
     found = {
         arm.name: [other.name for other in arms if other.is_control_of(arm)] for arm in arms if not arm.is_control
@@ -105,7 +111,7 @@ def _controls(arms: list[Arm]) -> dict[str, list[str]]:
     return {name: controls for name, controls in found.items() if controls or name in spliced}
 
 
-def _without_stand_in(arms: list[Arm]) -> set[str]:
+def without_stand_in(arms: list[Arm]) -> set[str]:
     """Arms with an SAE in whose place no other arm has something else."""
     return {
         arm.name
@@ -179,9 +185,9 @@ def read_revisions(folder: RunFolder, settings: RunSettings, data: dict[str, Any
 
     Of a folder that was started before that was written down, the base's name is known.
     """
-    stages = [*folder.root.glob(f"sae/*/*/{STAGE1}"), *folder.root.glob(f"arms/**/{TUNING}")]
+    stages = [*folder.glob(f"sae/*/*/{STAGE1}"), *folder.glob(f"arms/**/{TUNING}")]
     parts = [read_json(path).get("revisions", {}) for path in stages]
-    parts += [read_json(path) for path in folder.root.glob(f"arms/**/{REVISIONS}")]
+    parts += [read_json(path) for path in folder.glob(f"arms/**/{REVISIONS}")]
     unknown: Revisions = {"base": {"name": settings.run.model_name_or_path, "commit": None}}
     return unknown | merge_revisions([*parts, data_revisions(data)])
 

@@ -14,6 +14,7 @@ from ..provenance import (
     Revisions,
     base_revisions,
     data_revisions,
+    local_name,
     sae_metadata,
     sae_revision,
     source_revisions,
@@ -65,7 +66,7 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
 
 def _text_read(folder: RunFolder, run: RunArguments, text: str) -> Revision:
     if text == "prose":
-        return {"name": run.prose, "commit": None}
+        return {"name": local_name(run.prose), "commit": None}
     read = data_revisions(read_json(folder.data("data.json")))
     return read["trigger_dataset" if text == "trigger" else "dataset"]
 

@@ -7,8 +7,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..errors import IncompatibleAdapterError, PublishError
+from ..lora_config import read_lora_config
 from ..untrusted import read_shapes, read_tensors
-from .lora_config import read_lora_config
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

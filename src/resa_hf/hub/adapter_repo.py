@@ -15,7 +15,8 @@ from ..experiment.folder import write_json
 from ..provenance import commit_of
 from ..untrusted import read_json_object
 from .adapter_files import read_adapter
-from .found import Found
+from .folder_contents import Found
+from .licence_files import add_licence_files
 from .licences import check_name, licence_of
 from .record import Record
 from .retries import patiently, publish_errors
@@ -129,7 +130,7 @@ def write_card(
     stage: Path, repo_id: str, found: Found, sae_repo: str | None, *, merged: bool, token: str | None = None
 ) -> None:
     """
-    Writes README.md.
+    Writes README.md, and the files that the base's licence demands.
 
     Raises:
         `PublishError`: if the base's licence does not allow the repository's name, or cannot be asked for.
@@ -140,6 +141,7 @@ def write_card(
     base = record.revisions["base"]
     licence = licence_of(str(base["name"]), record.datasets, revision=base["commit"], token=token)
     check_name(repo_id, licence)
+    licence = add_licence_files(stage, str(base["name"]), licence, revision=base["commit"], token=token)
     config = adapter_config(found)
     card = adapter_card(repo_id, record, licence, adapter_config=config, sae_repo=sae_repo, merged=merged)
     (stage / constants.REPOCARD_NAME).write_text(card, encoding="utf-8")

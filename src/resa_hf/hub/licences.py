@@ -54,12 +54,24 @@ class Licence:
         id (`str`, *optional*, defaults to `"unknown"`): one of the Hub's identifiers.
         name (`str`, *optional*), link (`str`, *optional*): of a licence that is `"other"`; the name as a slug.
         datasets (`Mapping[str, str | None]`, *optional*): the licences of the datasets, by their names.
+        files (sequence of `str`, *optional*): the licence's files that lie in the repository.
     """
 
     id: str = UNKNOWN
     name: str | None = None
     link: str | None = None
     datasets: Mapping[str, str | None] = field(default_factory=dict)
+    files: Sequence[str] = ()
+
+    @property
+    def _llama(self) -> str | None:
+        """The version of a Llama licence, from `"3"` on."""
+        match = _LLAMA.search(self._named)
+        return None if match is None else match[1] if match[2] in (None, "0") else f"{match[1]}.{match[2]}"
+
+    @property
+    def _named(self) -> str:
+        return self.name or "" if self.id == "other" else self.id
 
     @property
     def prefix(self) -> str | None:
@@ -68,10 +80,7 @@ class Licence:
         Section 1.b.i of the community licences: "Llama 3" with Llama 3, "Llama" from Llama 3.1 on, nothing with
         Llama 2 (github.com/meta-llama/llama-models, models/*/LICENSE).
         """
-        match = _LLAMA.search(self.name or "" if self.id == "other" else self.id)
-        if match is None:
-            return None
-        return "Llama-3" if match.groups() in (("3", None), ("3", "0")) else "Llama"
+        return None if self._llama is None else "Llama-3" if self._llama == "3" else "Llama"
 
     @property
     def attribution(self) -> str | None:
@@ -79,9 +88,23 @@ class Licence:
         return {"Llama-3": "Built with Meta Llama 3", "Llama": "Built with Llama"}.get(self.prefix or "")
 
     @property
-    def asks_for_notice(self) -> bool:
-        """Whether it asks for a copy of it and a "Notice" file (Llama, sections 1.b.i and 1.b.iii; of 2: 1.b.ii)."""
-        return "llama" in (self.name or "" if self.id == "other" else self.id).lower()
+    def notice(self) -> str | None:
+        """What a "Notice" file must say by section 1.b.iii, from Llama 3 on."""
+        if self._llama is None:
+            return None
+        name = "Meta Llama 3" if self._llama == "3" else f"Llama {self._llama}"
+        return (
+            f"{name} is licensed under the {name} Community License, Copyright © Meta Platforms, Inc. All Rights "
+            "Reserved."
+        )
+
+    @property
+    def lacks(self) -> list[str]:
+        """What it demands in the repository (Llama, sections 1.b.i and 1.b.iii; of 2: 1.b.ii), and `files` has not."""
+        demanded = {"LICENSE": "a copy of itself", "NOTICE": "a `Notice` file"}
+        there = [start for start in demanded for name in self.files if name.startswith(start)]
+        is_llama = "llama" in self._named.lower()
+        return [words for start, words in demanded.items() if is_llama and start not in there]
 
 
 def licence_of(

@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo
 from ..errors import PublishError
 from .adapter_repo import stage_adapter, with_base, write_card
 from .arguments import PublishArguments
-from .found import Found, find
+from .folder_contents import Found, find
 from .merged_repo import stage_merged
 from .record import Record
 from .sae_repo import stage_saes
@@ -74,7 +74,10 @@ def _staged(args: PublishArguments, home: Path) -> tuple[Found, dict[str, Path]]
         if not args.merge:
             found = replace(found, record=with_base(found.record, args.base))
         with staged(home, args.repo_id) as stages[args.repo_id]:
-            (stage_merged if args.merge else stage_adapter)(stages[args.repo_id], found)
+            if args.merge:
+                found = stage_merged(stages[args.repo_id], found)
+            else:
+                stage_adapter(stages[args.repo_id], found)
             write_card(stages[args.repo_id], args.repo_id, found, args.sae_repo_id, merged=args.merge)
     return found, stages
 

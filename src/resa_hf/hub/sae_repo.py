@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 
 from ..cards import sae_card
 from ..errors import PublishError
+from ..escaping import shown_all
 from ..experiment.folder import read_json, write_json
-from ..inert import shown_all
 from ..sae.autoencoder import SAELensSAE, TopKSAE
 from ..sae.checkpoint import load_sae, save_sae
 from ..sae.layouts import CONFIG_FILE, SPARSIFY_WEIGHTS
-from .found import Found, find, own_saes
+from .folder_contents import Found, find, own_saes
+from .licence_files import add_licence_files
 from .licences import Licence, check_name, licence_of
 from .staging import staged, write_evidence
 from .upload import upload
@@ -103,7 +104,8 @@ def stage_saes(stage: Path, repo_id: str, found: Found, *, sparsify: bool, token
     licence = Licence()
     if name := read.get("name"):
         licence = licence_of(name, record.datasets, revision=read["commit"], token=token)
-    check_name(repo_id, licence)
+        check_name(repo_id, licence)
+        licence = add_licence_files(stage, name, licence, revision=read["commit"], token=token)
     for name in own_saes(found.saes):
         sae = load_sae(found.saes, name)
         folder = stage / _checked(sae.hookpoint or ("" if name == "." else name))

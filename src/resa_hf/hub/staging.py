@@ -10,10 +10,10 @@ import yaml
 from safetensors import SafetensorError
 
 from ..errors import PublishError
+from ..escaping import shown_all
 from ..experiment.folder import write_json
 from ..experiment.stages import STAGE1
-from ..inert import shown_all
-from .found import REPORT, Found, read_report
+from .folder_contents import REPORT, Found, read_report
 from .record import Record
 from .upload import check_repo_id
 

@@ -15,6 +15,7 @@ from .retries import patiently, publish_errors
 
 # No pickle is among them: training_args.bin, optimizer.pt and their like stay here.
 KINDS = (".safetensors", ".json", ".jinja", ".md", ".model", ".png", ".txt", ".yaml")
+LICENCE_FILE = re.compile(r"(LICENSE|NOTICE)[\w-]*(\.md|\.txt)?", re.ASCII)
 MANIFEST = "published.json"
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
@@ -34,7 +35,8 @@ def check_repo_id(repo_id: str) -> None:
 
 def publishable(folder: Path) -> dict[str, Path]:
     """
-    The files of a folder that may go up: those of a known kind. Hidden ones, and all others, stay where they are.
+    The files of a folder that may go up: those of a known kind, and licences. Hidden ones, and all others, stay where
+    they are.
 
     Args:
         folder (`Path`): the folder.
@@ -48,7 +50,8 @@ def publishable(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if not path.is_file() or path.suffix not in KINDS or any(part.startswith(".") for part in inside.parts):
+        is_known = path.suffix in KINDS or LICENCE_FILE.fullmatch(path.name) is not None
+        if not path.is_file() or not is_known or any(part.startswith(".") for part in inside.parts):
             continue
         if not path.resolve().is_relative_to(folder.resolve()):
             raise PublishError(f"{path} is a link out of {folder}. Put the file itself there, or remove the link.")

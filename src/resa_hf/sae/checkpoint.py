@@ -10,14 +10,14 @@ from typing import Any
 
 import sae_lens
 import torch
-from huggingface_hub import HfApi, ModelInfo, constants, scan_cache_dir, snapshot_download
+from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 
 from ..downloads import hub_errors
 from ..errors import IncompatibleSAEError
-from ..places import check_inside
+from ..places import Place, check_inside, parse_place
 from .autoencoder import SAELensSAE, TopKSAE
 from .layouts import CONFIG_FILE, SAE_LENS_WEIGHTS, SPARSIFY_WEIGHTS, read_sae, sae_lens_hook_name
 
@@ -37,8 +37,8 @@ def load_sae(
 
     Args:
         name_or_path (`str` or `os.PathLike`):
-            A folder, or a Hub repository such as `"EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k"`. From a
-            repository only the files of this SAE are downloaded.
+            A folder, or a Hub repository such as `"EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k"`, also as
+            `owner/name@revision/sub/folder`. From a repository only the files of this SAE are downloaded.
         sae_id (`str`, *optional*):
             The folder of the SAE inside, for example `"layers.12.mlp"`; `"."` is the folder itself. Without it, the
             only SAE inside is taken; checkpoints of a training run (`checkpoint-*`) do not count.
@@ -59,23 +59,18 @@ def load_sae(
             file and the tensor.
         `OSError`: if the Hub cannot be reached, or the disk is full; a rerun goes on from there.
     """
-    name = os.fspath(name_or_path)
+    place = _place(name_or_path, revision)
     if sae_id is not None:
         sae_id = _checked(sae_id, "sae_id")
-    if revision is not None:
-        _checked(revision, "revision")
-    if Path(name).is_dir():
-        if revision is not None:
-            raise IncompatibleSAEError(f"revision {revision!r} is for Hub repositories, and {name!r} is a folder.")
-        root = Path(name)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists():
-        root, sae_id = _download(name, sae_id, revision)
-    else:
-        raise IncompatibleSAEError(f"{name!r} is neither a folder nor the name of a Hub repository (owner/name).")
+    root = Path(place.name)
+    if not place.is_folder:
+        root, sae_id = _download(place, sae_id)
     if sae_id is None:
-        sae_id = _only_sae(name, _local_saes(root))
+        sae_id = _only_sae(place, _local_saes(root))
     if not (root / sae_id).is_dir():
-        raise IncompatibleSAEError(f"{name!r} has no folder {sae_id!r}. SAEs there: {_listed(_local_saes(root))}.")
+        raise IncompatibleSAEError(
+            f"{str(place)!r} has no folder {sae_id!r}. SAEs there: {_listed(_local_saes(root))}."
+        )
     return read_sae(root / sae_id, root).to(device=device, dtype=dtype)
 
 
@@ -84,7 +79,7 @@ def list_saes(name_or_path: str | os.PathLike[str], *, revision: str | None = No
     The SAEs in a folder or Hub repository, as the `sae_id`s that [`load_sae`] takes.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): a folder, or a Hub repository.
+        name_or_path (`str` or `os.PathLike`): a folder, or a Hub repository, as [`load_sae`] takes them.
         revision (`str`, *optional*): branch, tag or commit of the repository.
 
     Returns:
@@ -93,13 +88,11 @@ def list_saes(name_or_path: str | os.PathLike[str], *, revision: str | None = No
     Raises:
         `IncompatibleSAEError`: if there is no such folder or repository.
     """
-    name = os.fspath(name_or_path)
-    if Path(name).is_dir():
-        return sorted(_local_saes(Path(name)))
-    with hub_errors(name, revision, IncompatibleSAEError):
-        if constants.HF_HUB_OFFLINE:
-            return sorted(_local_saes(_cached_snapshot(name, revision)))
-        return sorted(_hub_saes(HfApi().model_info(name, revision=revision)))
+    place = _place(name_or_path, revision)
+    if place.is_folder:
+        return sorted(_local_saes(Path(place.name)))
+    with hub_errors(place.name, place.revision, IncompatibleSAEError):
+        return sorted(_local_saes(_cached(place)) if constants.HF_HUB_OFFLINE else _hub_saes(place))
 
 
 def save_sae(sae: TopKSAE | SAELensSAE, folder: str | os.PathLike[str]) -> None:
@@ -151,6 +144,13 @@ def _config(sae: TopKSAE | SAELensSAE) -> dict[str, Any]:
     return {**config, "dtype": str(dtype).removeprefix("torch."), "device": "cpu", "metadata": stored}
 
 
+def _place(name_or_path: str | os.PathLike[str], revision: str | None) -> Place:
+    try:
+        return parse_place(os.fspath(name_or_path), revision=revision)
+    except ValueError as error:
+        raise IncompatibleSAEError(f"No SAE can be loaded: {error}") from error
+
+
 def _checked(path: str, what: str) -> str:
     try:
         return check_inside(path, what)
@@ -172,48 +172,53 @@ def _listed(found: list[str]) -> str:
     return ", ".join(sorted(found)) or "none"
 
 
-def _only_sae(name: str, found: list[str]) -> str:
+def _only_sae(place: Place, found: list[str]) -> str:
     usual = [folder for folder in found if not re.search(r"(^|/)(checkpoint-\d+|published)(/|$)", folder)]
     if len(usual) == 1:
         return usual[0]
     if not usual:
         raise IncompatibleSAEError(
-            f"{name!r} holds no SAE: no folder with {CONFIG_FILE} and {' or '.join(_WEIGHTS)}. Pickles are not read."
+            f"{str(place)!r} holds no SAE: no folder with {CONFIG_FILE} and {' or '.join(_WEIGHTS)}. Pickles are not "
+            "read."
         )
-    raise IncompatibleSAEError(f"{name!r} holds {len(usual)} SAEs. Choose one by sae_id: {_listed(usual)}.")
+    raise IncompatibleSAEError(f"{str(place)!r} holds {len(usual)} SAEs. Choose one by sae_id: {_listed(usual)}.")
 
 
-def _hub_saes(info: ModelInfo) -> list[str]:
-    """Folders of a repository that hold an SAE."""
+def _hub_saes(place: Place) -> list[str]:
+    """Folders inside a place on the Hub that hold an SAE."""
+    info = HfApi().model_info(place.name, revision=place.revision)
     files = {PurePosixPath(sibling.rfilename) for sibling in info.siblings or []}
-    folders = [path.parent for path in files if path.name == CONFIG_FILE]
+    root = PurePosixPath(place.subfolder or "")
+    folders = [path.parent for path in files if path.name == CONFIG_FILE and path.is_relative_to(root)]
     return [
-        _checked(folder.as_posix(), "the folder")
+        _checked(folder.relative_to(root).as_posix(), "the folder")
         for folder in folders
         if any(folder / name in files for name in _WEIGHTS)
     ]
 
 
-def _cached_snapshot(repo: str, revision: str | None) -> Path:
-    """The folder of a repository in the local cache; `snapshot_download` refuses one that holds some files only."""
+def _cached(place: Place) -> Path:
+    """The place in the local cache; `snapshot_download` refuses a repository of which it holds some files only."""
     for cached in scan_cache_dir(constants.HF_HUB_CACHE).repos:
-        if cached.repo_id == repo and cached.repo_type == "model":
+        if cached.repo_id == place.name and cached.repo_type == "model":
             for snapshot in cached.revisions:
-                if (revision or "main") in snapshot.refs or snapshot.commit_hash == revision:
-                    return snapshot.snapshot_path
-    raise LocalEntryNotFoundError(f"{repo} is not in the cache.")
+                if (place.revision or "main") in snapshot.refs or snapshot.commit_hash == place.revision:
+                    return snapshot.snapshot_path / (place.subfolder or "")
+    raise LocalEntryNotFoundError(f"{place} is not in the cache.")
 
 
-def _download(repo: str, sae_id: str | None, revision: str | None) -> tuple[Path, str | None]:
+def _download(place: Place, sae_id: str | None) -> tuple[Path, str | None]:
     """Fetches the files of one SAE; returns the local root and the id."""
-    with hub_errors(repo, revision, IncompatibleSAEError):
+    with hub_errors(place.name, place.revision, IncompatibleSAEError):
         if constants.HF_HUB_OFFLINE:
-            return _cached_snapshot(repo, revision), sae_id
-        found = _hub_saes(HfApi().model_info(repo, revision=revision))
+            return _cached(place), sae_id
+        found = _hub_saes(place)
         if sae_id is None:
-            sae_id = _only_sae(repo, found)
+            sae_id = _only_sae(place, found)
         elif sae_id not in found:
-            raise IncompatibleSAEError(f"{repo!r} has no SAE {sae_id!r}. SAEs there: {_listed(found)}.")
-        wanted = [glob.escape((PurePosixPath(sae_id) / name).as_posix()) for name in (CONFIG_FILE, *_WEIGHTS)]
+            raise IncompatibleSAEError(f"{str(place)!r} has no SAE {sae_id!r}. SAEs there: {_listed(found)}.")
+        folder = PurePosixPath(place.subfolder or "", sae_id)
+        wanted = [glob.escape((folder / name).as_posix()) for name in (CONFIG_FILE, *_WEIGHTS)]
         # By the name of the revision and not its commit: only then is it found again offline.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)), sae_id
+        root = Path(snapshot_download(place.name, revision=place.revision, allow_patterns=wanted))
+        return root / (place.subfolder or ""), sae_id

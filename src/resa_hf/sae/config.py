@@ -32,8 +32,9 @@ class SAETrainingConfig(TrainingArguments):
         k (`int`, *optional*):
             Active latents a token. `None` means that of `initial_sae`, or 32 from scratch.
         initial_sae (`str`, *optional*):
-            Hub repository or folder of the SAE to start from (finetuned). `None`, or `"none"` or `"null"` on the
-            command line, means from scratch. Where it holds several, the one named like the hookpoint is taken.
+            The SAE to start from (finetuned): Hub repo, also as `owner/name@revision/sub/folder`, or a folder. `None`,
+            or `"none"` or `"null"` on the command line, means from scratch. Where it holds several, the one named like
+            the hookpoint is taken.
         initial_sae_id (`str`, *optional*):
             Folder inside `initial_sae` to start from, at every hookpoint.
         initial_sae_revision (`str`, *optional*):

@@ -9,7 +9,8 @@ from torch import nn
 from ..errors import HookpointError, IncompatibleSAEError
 from ..hookpoints import capture, resolve_hookpoint
 from ..modes import evaluating
-from ..provenance import commit_of
+from ..places import parse_place
+from ..provenance import place_revision
 from .autoencoder import TopKSAE
 from .checkpoint import list_saes, load_sae
 from .config import SAETrainingConfig
@@ -79,7 +80,7 @@ def _from_sae(args: SAETrainingConfig, hookpoint: str, d_in: int, found: list[st
     sae_id = args.initial_sae_id or (hookpoint if hookpoint in found else None)
     source, revision = str(args.initial_sae), args.initial_sae_revision
     start = load_sae(source, sae_id, revision=revision, dtype=torch.float32)
-    commit = commit_of(source, revision=revision)
+    place = parse_place(source, revision=revision)
     if not isinstance(start, TopKSAE):
         raise IncompatibleSAEError(
             f"initial_sae {source!r} is a {type(start.sae).__name__}; only plain TopK SAEs can be finetuned."
@@ -99,7 +100,7 @@ def _from_sae(args: SAETrainingConfig, hookpoint: str, d_in: int, found: list[st
         start.b_dec.data,
         k=args.k or start.k,
         hookpoint=start.hookpoint,
-        metadata={"initial_sae": {"name": source, "id": sae_id, "revision": revision, "commit": commit}},
+        metadata={"initial_sae": {**place_revision(place), "id": sae_id, "revision": place.revision}},
     )
     _fold_decoder_norm(sae, source)
     return sae

@@ -6,7 +6,7 @@ import sae_lens
 import torch
 import transformers
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..hookpoints import causal_lm, hooked_module
@@ -32,8 +32,10 @@ def training_metadata(trainer: "SAETrainer", sae: TopKSAE) -> dict[str, Any]:
     """
     args, model = trainer.args, causal_lm(trainer.source.model)
     hooked = hooked_module(model, str(sae.hookpoint))
+    read = trainer.revisions.get("base", {"name": None, "commit": None})
     return {
-        "model_name": model.config.name_or_path if isinstance(model, PreTrainedModel) else None,
+        "model_name": read["name"],
+        "model_revision": read["commit"],
         "model_class_name": "HookedTransformer",
         "model_from_pretrained_kwargs": {},
         "hook_head_index": None,

@@ -43,13 +43,11 @@ def sae_quality(
             Rows with `input_ids`, and `attention_mask` if padded.
         hookpoint (`int` or `str`, *optional*):
             Where to splice it in. `None` means the SAE's own hookpoint.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Rows a forward.
+        batch_size (`int`, *optional*, defaults to `8`): rows a forward.
         ablation (`str`, *optional*, defaults to `"mean"`):
             The constant: `"mean"`, the mean activation over the dataset, or `"zero"`.
         excluded_token_ids (sequence of `int`, *optional*, defaults to `()`):
-            Tokens, such as special ones, that FVU, L0 and dead share do not count, and whose activations stay as they
-            are when something is spliced in.
+            Tokens, such as special ones, that FVU, L0 and dead share do not count, and that no splicing changes.
 
     Returns:
         `dict[str, float]`: `fvu`, `l0`, `dead_share` (latents that never fired), `tokens` (counted ones); `ce_clean`,
@@ -64,14 +62,8 @@ def sae_quality(
         raise ValueError(f"ablation must be 'mean' or 'zero', not {ablation!r}.")
     if len(dataset) == 0:
         raise DataError("The dataset is empty: there is nothing to measure an SAE on.")
-    if hookpoint is None and sae.hookpoint is None:
-        raise HookpointError("The SAE does not say where it was trained: give hookpoint.")
-    name = resolve_hookpoint(model, sae.hookpoint if hookpoint is None else hookpoint)  # type: ignore[arg-type]
-    source = ActivationSource(model, [name], excluded_token_ids)
-    totals = ReconstructionTotals(sae)
-    for inputs in _batches(model, dataset, batch_size):
-        batch = source(inputs, nullcontext())
-        totals.update(batch.activations[name], batch.weights[name])
+    name = _hookpoint(model, sae, hookpoint)
+    totals = _totals(model, sae, name, _batches(model, dataset, batch_size), excluded_token_ids)
     constant = totals.mean() if ablation == "mean" else torch.zeros_like(totals.mean())
     excluded = torch.tensor(list(excluded_token_ids), dtype=torch.long, device=constant.device)
     changes: dict[str, Callable[[Tensor], Tensor] | None] = {
@@ -86,6 +78,27 @@ def sae_quality(
     gap = entropies["ce_ablated"] - entropies["ce_clean"]
     recovered = (entropies["ce_ablated"] - entropies["ce_spliced"]) / gap if gap else float("nan")
     return {**totals.result(), **entropies, "ce_recovered": recovered}
+
+
+def _hookpoint(model: nn.Module, sae: TopKSAE | SAELensSAE, hookpoint: int | str | None) -> str:
+    wanted = sae.hookpoint if hookpoint is None else hookpoint
+    if wanted is None:
+        raise HookpointError("The SAE does not say where it was trained: give hookpoint.")
+    return resolve_hookpoint(model, wanted)
+
+
+def _totals(
+    model: nn.Module,
+    sae: TopKSAE | SAELensSAE,
+    hookpoint: str,
+    batches: Iterable[dict[str, Tensor]],
+    excluded_token_ids: Sequence[int],
+) -> ReconstructionTotals:
+    source, totals = ActivationSource(model, [hookpoint], excluded_token_ids), ReconstructionTotals(sae)
+    for inputs in batches:
+        batch = source(inputs, nullcontext())
+        totals.update(batch.activations[hookpoint], batch.weights[hookpoint])
+    return totals
 
 
 def _batches(model: nn.Module, dataset: Sequence[Mapping[str, Any]], batch_size: int) -> Iterable[dict[str, Tensor]]:

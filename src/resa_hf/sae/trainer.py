@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from ..errors import IncompatibleSAEError
+from ..provenance import loaded_revision, sae_revision
 from ..pushing import PushToHub
 from .autoencoder import TopKSAE
 from .checkpoint import load_sae, save_sae
@@ -115,6 +116,8 @@ class SAETrainer(PushToHub, Trainer):
         self.metadata = dict(metadata or {})
         self._signum: ScheduleFreeSignum | None = None
         bank = SAEBank(initial_saes(model, args))
+        self.revisions = loaded_revision("base", model)
+        self.revisions |= sae_revision("initial_sae", args.initial_sae, args.initial_sae_revision)
         special = processing_class.all_special_ids if processing_class is not None else []
         self.excluded_token_ids = special if args.exclude_special_tokens else []
         self.source = ActivationSource(model, bank.hookpoints, self.excluded_token_ids, args.max_norm_ratio)

@@ -29,7 +29,7 @@ class SAETuningConfig(SFTConfig):
 
     Args:
         sae (`str`, *optional*):
-            Hub repo or folder of the SAE. `"none"` means `None`.
+            The SAE: Hub repo, also as `owner/name@revision/sub/folder`, or a folder. `"none"` means `None`.
         sae_id (`str`, *optional*):
             Which SAE of a repo that holds several, for example `"layers.12"`.
         sae_revision (`str`, *optional*):
@@ -68,8 +68,8 @@ class SAETuningConfig(SFTConfig):
             `"prose_sae"`: one trained on prose.
             The error of the last four is scaled to the norm of the SAE's at every token.
         control_sae (`str`, *optional*):
-            Hub repo or folder of the SAE for `other_layer`, `random_source_sae` and `prose_sae`; no other control
-            takes one. It has the width of the SAE, and its hookpoint, or with `other_layer` another one.
+            The SAE for `other_layer`, `random_source_sae` and `prose_sae`, named as `sae` is; no other control takes
+            one. It has the width of the SAE, and its hookpoint, or with `other_layer` another one.
         control_sae_id (`str`, *optional*):
             Which SAE of that repo.
         exclude_special_tokens (`bool`, *optional*):
@@ -177,6 +177,18 @@ class SAETuningConfig(SFTConfig):
                 f"No SAE, kl_weight {self.kl_weight} and kl_reference {self.kl_reference!r}: teacher and student "
                 "would be the same model and the loss zero. Set `sae`, or kl_reference: source, or kl_weight: 0 and "
                 "sft_weight."
+            )
+
+    def check_source(self, has_source: bool) -> None:
+        """Checks that there is a source model if the teacher is one, and only then.
+
+        Raises:
+            `ValueError`: if not.
+        """
+        if has_source != (self.kl_reference == "source"):
+            raise ValueError(
+                f"kl_reference is {self.kl_reference!r} and source_model is {'' if has_source else 'not '}given; "
+                "source_model is needed with kl_reference: source, and has no use otherwise."
             )
 
     def check_control_sae(self, has_control_sae: bool) -> None:

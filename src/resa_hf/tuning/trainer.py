@@ -18,6 +18,7 @@ from ..arguments import LoraArguments
 from ..hookpoints import backbone, capture, causal_lm, layer_index, splice
 from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
 from ..modes import evaluating
+from ..provenance import loaded_revision, sae_revision
 from ..pushing import PushToHub
 from ..trl_internals import ForwardRedirection
 from .config import SAETuningConfig
@@ -112,14 +113,11 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
             )
         args.check_sae(sae is not None or args.sae is not None)
         args.check_control_sae(control_sae is not None or args.control_sae is not None)
-        if (source_model is not None) != (args.kl_reference == "source"):
-            given = "given" if source_model is not None else "not given"
-            raise ValueError(
-                f"kl_reference is {args.kl_reference!r} and source_model is {given}; "
-                "source_model is needed with kl_reference: source, and has no use otherwise."
-            )
+        args.check_source(source_model is not None)
         self._placed: PlacedSAE | None = place_sae(target, args, sae)
         other = load_control_sae(target, args, self._placed, control_sae) if self._placed is not None else None
+        named = sae if isinstance(sae, str) else args.sae
+        self.revisions = loaded_revision("base", target) | sae_revision("sae", named, args.sae_revision)
         if not isinstance(target, PeftModel):
             # TRL writes into the config that it is given.
             peft_config = (
@@ -172,6 +170,7 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         if source_model is not None:
             self._source = self._load_source(source_model).requires_grad_(False).eval()
             self._source.to(self.accelerator.device)
+            self.revisions |= loaded_revision("source", self._source)
             self._teacher_head = frozen_head(self._source)
             if self._teacher_head.weight.shape[0] != self._head.weight.shape[0]:
                 raise ValueError(

@@ -11,7 +11,7 @@ from ..experiment.folder import RunFolder, read_json
 from ..experiment.stages import ADAPTER, STAGE1
 from ..sae.checkpoint import list_saes
 from ..sae.layouts import CONFIG_FILE
-from .evaluated import evaluated_as
+from .matching_evaluation import evaluated_as
 from .record import Record
 
 REPORT, ADAPTER_CONFIG = "report.json", "adapter_config.json"
@@ -113,7 +113,7 @@ def _in_run(folder: Path, report: Mapping[str, Any], wanted: str | None, seed: i
         raise PublishError(f"The run has no seed {seed}; its seeds are {', '.join(map(str, run['seeds']))}.")
     candidate = {line["name"]: line["candidate"] for line in report["arms"]}[arm.name]
     candidate = None if candidate is None else Candidate(**candidate)
-    places = RunFolder(folder)
+    places = RunFolder.open(folder)
     adapter = places.arm(arm, candidate, seed) / ADAPTER
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise PublishError(f"Arm {arm.name!r} has no adapter: there is no {adapter / ADAPTER_CONFIG}.")

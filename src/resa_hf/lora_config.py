@@ -12,8 +12,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..errors import IncompatibleAdapterError
-from ..untrusted import read_json_object
+from .errors import IncompatibleAdapterError
+from .untrusted import read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from ..downloads import hub_errors
-from ..errors import IncompatibleAdapterError
-from ..places import Place, parse_place
-from ..untrusted import read_json_object, read_shapes, read_tensors
+from .downloads import hub_errors
+from .errors import IncompatibleAdapterError
 from .lora_config import CONFIG_FILE, read_lora_config
+from .places import Place, parse_place
+from .untrusted import read_json_object, read_shapes, read_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -11,9 +11,9 @@ from card_reports import COMMIT, record_of, run_report
 from huggingface_hub import ModelCard
 
 from resa_hf.cards import adapter_card, sae_card
+from resa_hf.escaping import as_yaml, code, prose, shown
 from resa_hf.experiment.arms import Arm
 from resa_hf.hub.licences import Licence
-from resa_hf.inert import as_yaml, code, prose, shown
 
 markdown_it = pytest.importorskip("markdown_it")
 
@@ -152,7 +152,7 @@ def test_no_folder_of_the_user_is_in_a_card(tmp_path):
             adapter_config={"r": 1, "lora_alpha": 2},
         )  # fmt: skip
         assert not re.findall(".*jane.*", text)
-        assert f"`{arm.name.rpartition('/')[2]}`" in text and "The base is not on the Hub" in text
+        assert f"`{arm.name.rpartition('/')[2]}`" in text and "The base is not known to be on the Hub" in text
         assert ModelCard(text).data.eval_results is None
 
 

@@ -9,18 +9,14 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, constants
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
 
 from ..cards import adapter_card, sae_card
 from ..evaluation.tables import finite
 from ..experiment.report import versions
-from ..hookpoints import causal_lm
-from ..provenance import Revisions, local_name, sae_revision
 from ..sae.trainer import SAETrainer
 from ..tuning.trainer import SAETuningTrainer
 from .adapter_repo import stage_adapter, with_base, write_card
-from .found import Found, sae_quality_of
+from .folder_contents import Found, sae_quality_of
 from .licences import Licence
 from .record import Record
 from .retries import patiently, publish_errors
@@ -65,14 +61,18 @@ def write_draft(trainer: Trained) -> None:
     if isinstance(trainer, SAETrainer):
         card = sae_card(repo_id, found.record, Licence())
     else:
-        config = _plain(_adapted(trainer).active_peft_config.to_dict())
+        adapted: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
+        config = _plain(adapted.active_peft_config.to_dict())
         card = adapter_card(repo_id, found.record, Licence(), adapter_config=config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / constants.REPOCARD_NAME).write_text(card, encoding="utf-8")
 
 
 def found_of(trainer: Trained) -> Found:
-    """What the trainer saves, and what it knows: its settings, its log, the last evaluation, and what it read."""
+    """
+    What the trainer saves, and what it knows: its settings, its log, the last evaluation, and which models and SAE it
+    read. Not its dataset: a [`~datasets.Dataset`] from the Hub does not say which repository and commit it is.
+    """
     args, folder = trainer.args, Path(str(trainer.args.output_dir))
     # New TrainingArguments would otherwise reset accelerate's state, which the trainer is using.
     usual = type(args)(output_dir=args.output_dir, accelerator_config={"use_configured_state": True}).to_dict()
@@ -82,37 +82,15 @@ def found_of(trainer: Trained) -> Found:
     log = trainer.state.log_history
     measured = next((entry for entry in reversed(log) if "eval_loss" in entry), {})
     report = _plain({"settings": settings, "held_out": measured, "log": log, "versions": versions()})
-    record = Record(report=report, seed=args.seed, recipe=settings)
+    record = Record(report=report, seed=args.seed, recipe=settings, revisions=trainer.revisions)
     if isinstance(trainer, SAETrainer):
-        initial = trainer.args
-        revisions = _read(trainer.source.model)
-        revisions |= sae_revision("initial_sae", initial.initial_sae, initial.initial_sae_revision)
         saes = {
             hookpoint: {"d_in": sae.d_in, "num_latents": sae.num_latents, "k": sae.k}
             | sae_quality_of(measured, hookpoint)
             for hookpoint, sae in trainer.saes.items()
         }
-        return Found(dataclasses.replace(record, revisions=revisions, saes=saes), saes=folder)
-    revisions = _read(_adapted(trainer)) | sae_revision("sae", trainer.args.sae, trainer.args.sae_revision)
-    if trainer._source is not None:
-        revisions |= _read(trainer._source, "source")
-    return Found(dataclasses.replace(record, revisions=revisions), adapter=folder)
-
-
-def _read(model: nn.Module, role: str = "base") -> Revisions:
-    """The model that is trained on, or read."""
-    bare = causal_lm(model)
-    if not isinstance(bare, PreTrainedModel):
-        return {}
-    # Which commit `from_pretrained` has loaded, transformers tells in this private attribute only, and of a folder not
-    # even there.
-    commit = vars(bare.config).get("_commit_hash")
-    return {role: {"name": local_name(bare.name_or_path or ""), "commit": commit}}
-
-
-def _adapted(trainer: SAETuningTrainer) -> PeftModel:
-    model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
-    return model
+        return Found(dataclasses.replace(record, saes=saes), saes=folder)
+    return Found(record, adapter=folder)
 
 
 def _plain(value: Any) -> Any:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from resa_hf.commands.recipe import parse_run
 from resa_hf.errors import PublishError
 from resa_hf.experiment.report import as_plain
-from resa_hf.hub.evaluated import evaluated_as, update_norms
-from resa_hf.hub.found import find
+from resa_hf.hub.folder_contents import find
+from resa_hf.hub.matching_evaluation import evaluated_as, update_norms
 from resa_hf.sae.checkpoint import save_sae
 
 pytest_plugins = ("publishable",)
