@@ -1,0 +1,219 @@
+"""Whether latents do anything, and whether another model has them: the tests of `resa-hf features`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import DataError, HookpointError
+from ..evaluation.engine import Outcomes, answer
+from ..evaluation.in_process import TransformersEngine
+from ..features.attribution import attribute
+from ..features.causal import Change, ablate, amplify, edited, put
+from ..features.effects import Effect, measure_effect
+from ..features.matched import latent_statistics
+from ..features.matching import match_activations, match_decoders
+from ..features.two_models import read_on_two
+from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
+from ..text import encode_prompt
+from .features import SAE, Part, Subject, excluded, find_saes
+
+# Answers whose log-likelihood is attributed, and latents of either kind that are ablated to check it.
+_ANSWERS, _CHECKED, _STEPS = 64, 10, 8
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """What the untouched model answered.
+
+    Args:
+        outcomes ([`Outcomes`], *optional*): whether it is right; `None` where nothing was asked.
+        rows (`list[dict]`): `input_ids` of each problem and its first answer, and `prompt_length`, where that begins.
+    """
+
+    outcomes: Outcomes | None
+    rows: list[dict[str, Any]]
+
+
+def own_answers(subject: Subject) -> OwnAnswers:
+    """Answers to the held-out problems, kept in answers.jsonl; without problems, held-out text."""
+    args = subject.args
+    if not args.problems:
+        return OwnAnswers(None, [{"input_ids": list(row["input_ids"]), "prompt_length": 1} for row in subject.rows])
+    prompts, golds = ([question[key] for question in subject.questions] for key in ("prompt", "answer"))
+    store = subject.folder / "answers.jsonl"
+    outcomes = answer(subject.model, subject.tokenizer, prompts, golds, args.sampling(), store=store)
+    # They are in the store now, with their tokens.
+    engine = TransformersEngine(subject.model, subject.tokenizer, name="in process")
+    completions = engine.generate(prompts, args.sampling(), store=store, progress=False)
+    rows = []
+    for prompt, (first, *_) in zip(prompts, completions, strict=True):
+        ids = encode_prompt(prompt, subject.tokenizer)
+        rows.append({"input_ids": [*ids, *first.tokens][: args.max_length], "prompt_length": len(ids)})
+    return OwnAnswers(outcomes, rows)
+
+
+def attribution_part(subject: Subject, hookpoint: str, answers: OwnAnswers, latents: Sequence[int]) -> Part:
+    """
+    What each latent contributes to the log-likelihood of the model's own answers, by gradients, and a check by real
+    ablation of the `latents`, of those with the largest attribution, and of as many random ones that are active.
+    """
+    sae = subject.saes[hookpoint]()
+    rows = _right_ones(answers)
+    by_gradient, by_path = (
+        torch.stack([_attributed(subject, hookpoint, sae, row, steps) for row in rows]).mean(0)
+        for steps in (None, _STEPS)
+    )
+    active = by_gradient.nonzero().flatten()
+    # Integrated gradients share out what all latents do together; they say less of one latent alone.
+    largest = by_gradient.abs().topk(min(_CHECKED, len(active))).indices.tolist()
+    random = np.random.default_rng(subject.args.seed).permutation(active.cpu().numpy())[:_CHECKED].tolist()
+    checked = list(dict.fromkeys([*latents, *largest, *random]))
+    ablated = [_ablated(subject, hookpoint, sae, rows, latent) for latent in checked]
+    lines = [
+        {
+            "latent": latent,
+            "gradient_times_activation": by_gradient[latent].item(),
+            "integrated_gradients": by_path[latent].item(),
+            "ablation": drop,
+        }
+        for latent, drop in zip(checked, ablated, strict=True)
+    ]
+    return {
+        "answers": len(rows),
+        "checked": lines,
+        "largest": largest,
+        "rank_correlation": {
+            name: float(spearmanr([line[name] for line in lines], ablated).statistic)
+            for name in ("gradient_times_activation", "integrated_gradients")
+        },
+    }
+
+
+def _right_ones(answers: OwnAnswers) -> list[dict[str, Any]]:
+    """Answers that are right, if there are any."""
+    if answers.outcomes is None or not answers.outcomes.correct[:, 0].any():
+        return answers.rows[:_ANSWERS]
+    return [row for row, right in zip(answers.rows, answers.outcomes.correct[:, 0], strict=True) if right][:_ANSWERS]
+
+
+def _log_likelihood(row: dict[str, Any]) -> Any:
+    """Of the tokens behind the prompt, in nats, given logits `[1, tokens, vocabulary]`."""
+    ids, start = torch.tensor(row["input_ids"]), row["prompt_length"]
+
+    def metric(logits: Tensor) -> Tensor:
+        predicted = logits[0, start - 1 : -1].float().log_softmax(-1)
+        return predicted.gather(1, ids[start:, None].to(logits.device)).sum()
+
+    return metric
+
+
+def _attributed(subject: Subject, hookpoint: str, sae: SAE, row: dict[str, Any], steps: int | None) -> Tensor:
+    ids = torch.tensor([row["input_ids"]], device=subject.model.device)
+    return attribute(
+        subject.model, hookpoint, sae, ids, _log_likelihood(row), steps=steps, excluded_token_ids=excluded(sae)
+    )
+
+
+@torch.no_grad()
+def _ablated(subject: Subject, hookpoint: str, sae: SAE, rows: list[dict[str, Any]], latent: int) -> float:
+    """Untouched minus ablated, the mean over answers."""
+    drops = []
+    for row in rows:
+        ids, metric = torch.tensor([row["input_ids"]], device=subject.model.device), _log_likelihood(row)
+        untouched = metric(subject.model(ids, use_cache=False).logits)
+        with edited(subject.model, hookpoint, sae, [latent], ablate, excluded_token_ids=excluded(sae)):
+            drops.append(float(untouched - metric(subject.model(ids, use_cache=False).logits)))
+    return float(np.mean(drops))
+
+
+def effects_part(subject: Subject, hookpoint: str, answers: OwnAnswers, latents: list[int]) -> Part:
+    """Each tested latent ablated, by next-token KL; all together ablated, amplified and patched, by answers, too."""
+    sae, rows = subject.saes[hookpoint](), answers.rows[:_ANSWERS]
+    rates, means = latent_statistics(subject.model, hookpoint, sae, rows, excluded_token_ids=excluded(sae))
+    heard = [latent for latent in latents if rates[latent]]
+    edits = [(heard, name, change) for name, change in _changes(means[heard], subject.args.amplify).items() if heard]
+    if len(heard) > 1:
+        edits += [([latent], "ablate", ablate) for latent in heard]
+    lines, unlike = [], []
+    for chosen, name, change in tqdm(edits, "Editing latents", unit="edit"):
+        together = chosen == heard
+        try:
+            effect = _effect(subject, hookpoint, sae, chosen, change, rows, with_answers=together)
+        except DataError as error:  # nothing like them to compare with
+            unlike.append(str(error))
+            continue
+        lines.append({"latents": chosen, "change": name, "together": together, **asdict(effect)})
+    return {
+        "silent": [latent for latent in latents if not rates[latent]],
+        "without_null": unlike,
+        "rates": {str(latent): float(rates[latent]) for latent in latents},
+        "edits": lines,
+    }
+
+
+def _effect(
+    subject: Subject,
+    hookpoint: str,
+    sae: SAE,
+    latents: list[int],
+    change: Change,
+    rows: list[dict[str, Any]],
+    *,
+    with_answers: bool,
+) -> Effect:
+    args, questions = subject.args, subject.questions if with_answers else []
+    return measure_effect(
+        subject.model,
+        subject.tokenizer,
+        hookpoint,
+        sae,
+        latents,
+        change,
+        rows=[{"input_ids": row["input_ids"]} for row in rows],
+        prompts=[question["prompt"] for question in questions],
+        golds=[question["answer"] for question in questions],
+        sampling=args.sampling(),
+        nulls=args.nulls,
+        answer_nulls=min(args.answer_nulls, args.nulls),
+        seed=args.seed,
+        excluded_token_ids=excluded(sae),
+    )
+
+
+def _changes(means: NDArray[np.float64], factor: float) -> dict[str, Change]:
+    return {
+        "ablate": ablate,
+        f"amplify by {factor:g}": amplify(factor),
+        # The value that it has where it is active, at every token.
+        "patch in everywhere": put(torch.from_numpy(means)),
+    }
+
+
+def matching_part(subject: Subject, hookpoint: str, answers: OwnAnswers) -> Part:
+    """The SAE read on the second model, and its latents matched with those of the second's own SAE."""
+    args, sae = subject.args, subject.saes[hookpoint]()
+    name = args.other_model or args.model_name_or_path
+    other = load_causal_lm(name, args.other_adapter, revision=args.other_revision, dtype=args.dtype).eval()
+    torch.nn.Module.to(other, subject.model.device)
+    check_same_vocabulary(subject.tokenizer, load_tokenizer(name, revision=args.other_revision), added=False)
+    skipped, rows = excluded(sae), answers.rows
+    two = read_on_two(subject.model, other, hookpoint, sae, rows, excluded_token_ids=skipped, seed=args.seed)
+    found = {"read_on_two": asdict(two)}
+    if args.other_saes is not None:
+        theirs = find_saes(other, args.other_saes)
+        if hookpoint not in theirs:
+            raise HookpointError(f"{args.other_saes} has no SAE at {hookpoint}, only at {', '.join(theirs)}.")
+        others, pair = theirs[hookpoint](), (hookpoint, hookpoint)
+        found["decoder"] = asdict(match_decoders(sae, others, seed=args.seed))
+        matched = match_activations(
+            subject.model, sae, other, others, rows, hookpoints=pair, excluded_token_ids=skipped, seed=args.seed
+        )
+        found["activation"] = asdict(matched)
+    return found
