@@ -68,7 +68,7 @@ def test_the_whole_way_and_a_rerun_that_does_only_what_is_missing(saes, tmp_path
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
     found = {layer["hookpoint"]: layer["latents"] for layer in report["layers"]}
-    wanted = {hookpoint: by_hand(saes, name, hookpoint) for name, hookpoint in zip(("early", "layers.2"), LAYERS)}
+    wanted = {hookpoint: by_hand(saes, name, hookpoint) for name, hookpoint in zip(("early", "layers.2"), LAYERS, strict=True)}
     assert found == wanted and any(wanted.values())
     total = sum(map(len, wanted.values()))
     assert f"at no other token of the prompt: {total}, at" in printed and str(out / "report.html") in printed
