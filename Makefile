@@ -59,4 +59,6 @@ lint: install  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: install  ## speed and memory, each against a baseline in the same run
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation_speed.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation_speed.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/feature_extraction.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/top_examples_memory.py

@@ -12,6 +12,7 @@ from test_readme import ROOT
 from resa_hf.cli import main
 from resa_hf.commands.recipe import parse_flat, read_yaml
 from resa_hf.experiment import features_report
+from resa_hf.experiment.feature_tests import _same_start
 from resa_hf.features.arguments import FeatureArguments
 from resa_hf.hookpoints import capture
 from resa_hf.models import load_causal_lm, load_tokenizer
@@ -68,12 +69,16 @@ def test_the_whole_way_and_a_rerun_that_does_only_what_is_missing(saes, tmp_path
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
     found = {layer["hookpoint"]: layer["latents"] for layer in report["layers"]}
-    wanted = {hookpoint: by_hand(saes, name, hookpoint) for name, hookpoint in zip(("early", "layers.2"), LAYERS, strict=True)}
+    wanted = {
+        hookpoint: by_hand(saes, name, hookpoint)
+        for name, hookpoint in zip(("early", "layers.2"), LAYERS, strict=True)
+    }
     assert found == wanted and any(wanted.values())
     total = sum(map(len, wanted.values()))
     assert f"at no other token of the prompt: {total}, at" in printed and str(out / "report.html") in printed
     # By decoder the same SAEs are the same: the other model's are the first's.
     assert report["matching"]["decoder"]["similarity"] == pytest.approx([1.0] * 256, abs=1e-5)
+    assert not report["matching"]["same_start"]  # these do not tell their seeds
     tested, edits = report["tested"], report["effects"]["edits"]
     assert set(tested["latents"]) <= set(wanted[tested["hookpoint"]]) and len(tested["latents"]) <= 2
     for edit in edits:
@@ -138,6 +143,18 @@ def test_bad_settings_end_with_a_message(saes, tmp_path, capsys, flags, said):
     assert features(saes, tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+def test_saes_of_one_seed_are_known_to_be_alike_for_that_reason(saes):
+    def with_metadata(**metadata):
+        sae = load_sae(saes / "early")
+        sae.metadata |= metadata
+        return sae
+
+    seed = with_metadata(seed=3)
+    assert _same_start(seed, with_metadata(seed=3))
+    others = (with_metadata(seed=4), with_metadata(), with_metadata(seed=3, initial_sae="someone/sae"))
+    assert not any(_same_start(seed, other) for other in others)
 
 
 def test_an_interrupted_part_is_not_taken_for_a_finished_one(saes, tmp_path, monkeypatch, capsys):

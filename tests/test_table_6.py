@@ -26,7 +26,7 @@ def test_the_readme_holds_what_is_printed(example, tmp_path):
     tables = [line for line in example.describe(found).splitlines() if line.startswith("|")]
     assert len(tables) == 12
     assert [line for line in tables if line not in readme] == []
-    # 53 latents at 22 of 26 layers, 0 to 5 each, and scores from 45.48 (layer 14) to 49.42 (layer 18): the paper's text.
+    # 53 latents at 22 of 26 layers, 0 to 5 each, and scores of 45.48 (layer 14) to 49.42 (layer 18): the paper's text.
     counts, scores = np.array(found["counts"]), np.array(found["scores"])
     assert (len(counts), counts.min(), counts.max()) == (26, 0, 5)
     assert (scores.argmin() + 2, scores.min(), scores.argmax() + 2, scores.max()) == (14, 45.48, 18, 49.42)

@@ -205,15 +205,23 @@ def matching_part(subject: Subject, hookpoint: str, answers: OwnAnswers) -> Part
     check_same_vocabulary(subject.tokenizer, load_tokenizer(name, revision=args.other_revision), added=False)
     skipped, rows = excluded(sae), answers.rows
     two = read_on_two(subject.model, other, hookpoint, sae, rows, excluded_token_ids=skipped, seed=args.seed)
-    found = {"read_on_two": asdict(two)}
+    found: Part = {"read_on_two": asdict(two)}
     if args.other_saes is not None:
         theirs = find_saes(other, args.other_saes)
         if hookpoint not in theirs:
             raise HookpointError(f"{args.other_saes} has no SAE at {hookpoint}, only at {', '.join(theirs)}.")
         others, pair = theirs[hookpoint](), (hookpoint, hookpoint)
+        found["same_start"] = _same_start(sae, others)
         found["decoder"] = asdict(match_decoders(sae, others, seed=args.seed))
         matched = match_activations(
             subject.model, sae, other, others, rows, hookpoints=pair, excluded_token_ids=skipped, seed=args.seed
         )
         found["activation"] = asdict(matched)
     return found
+
+
+def _same_start(first: SAE, second: SAE) -> bool:
+    """Whether both were trained from the same random weights, which alone makes decoders alike."""
+    seeds = [sae.metadata.get("seed") for sae in (first, second) if not sae.metadata.get("initial_sae")]
+    alike = (first.d_in, first.num_latents) == (second.d_in, second.num_latents)
+    return alike and len(seeds) == 2 and seeds[0] is not None and seeds[0] == seeds[1]

@@ -237,8 +237,13 @@ def _matching(part: Part) -> list[str]:
             f"Latents of the SAE paired with those of the other model's own. By decoder: "
             f"{_survive(part['decoder'], 'pairs are alike')}. By activation: "
             f"{_survive(part['activation'], 'pairs are alike')}.",
-            "![Latents matched across models](pictures/matching.png)",
         ]
+        if part["same_start"]:
+            lines.append(
+                "Both SAEs were trained from the same random weights, their seed being the same. That alone makes "
+                "decoders alike: train one of them with another `--seed`."
+            )
+        lines.append("![Latents matched across models](pictures/matching.png)")
     return lines
 
 
