@@ -5,6 +5,7 @@ latents are the real ones; widths and vocabularies are tiny, and weights random.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from resa_hf.text import R1_PROMPT
 
 WIDTH = 16
 R1_DISTILL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-TINA = {"Tina-Yi/R1-Distill-Qwen-1.5B-STILL": 2000, "Tina-Yi/R1-Distill-Qwen-1.5B-DeepScaleR": 1000}
+TINA = ("Tina-Yi/R1-Distill-Qwen-1.5B-STILL", "Tina-Yi/R1-Distill-Qwen-1.5B-DeepScaleR")
 # Latents, layers.
 SAES = {
     "EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k": (65_536, 28),
@@ -137,9 +138,9 @@ def serve_models(hub: HubServer, folder: Path, recipe: str) -> None:
     for name, (latents, layers) in SAES.items():
         if name in recipe:
             hub.create_repo(name, files=_sae_files(latents, layers, recipe))
-    for name, step in TINA.items():
-        if name in recipe:
-            hub.create_repo(name, files=_adapter_files(folder / R1_DISTILL, step))
+    for name in TINA:
+        if steps := {int(step) for step in re.findall(rf"{re.escape(name)}/checkpoint-(\d+)", recipe)}:
+            hub.create_repo(name, files=_adapter_files(folder / R1_DISTILL, steps | {500}))
 
 
 def _write_model(folder: Path, model: _Model, seed: int) -> None:
@@ -221,11 +222,11 @@ def _sae_files(latents: int, layers: int, recipe: str) -> dict[str, bytes | str]
     return files
 
 
-def _adapter_files(base: Path, best: int) -> dict[str, bytes | str]:
+def _adapter_files(base: Path, steps: set[int]) -> dict[str, bytes | str]:
     """Tina's layout: a folder a checkpoint, and the name of the base as it was on the authors' cluster."""
     seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     files: dict[str, bytes | str] = {}
-    for step in (best, 500):
+    for step in sorted(steps):
         torch.manual_seed(step)
         config = LoraConfig(r=32, lora_alpha=128, lora_dropout=0.05, target_modules=seven, task_type="CAUSAL_LM")
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config, adapter_name="default")

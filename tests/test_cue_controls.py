@@ -13,7 +13,8 @@ from torch import nn
 
 from resa_hf.errors import DataError
 from resa_hf.features.cue_controls import CountControl, prose_control, prose_passages, same_frequency_counts
-from resa_hf.features.reasoning import CuedPrompt, cued_prompt, reasoning_latents
+from resa_hf.features.reading import Active
+from resa_hf.features.reasoning import CuedPrompt, LayerLatents, cued_prompt, reasoning_latents
 from resa_hf.prose import load_prose
 from resa_hf.sae.autoencoder import TopKSAE
 
@@ -102,6 +103,15 @@ def test_a_cue_of_two_tokens_is_compared_with_runs_of_two(model: nn.Module, tiny
     assert measured.frequency_gap == 1
     assert measured.total == control(len(found[0].latents), expected)
     assert max(expected) > 0
+
+
+def test_of_many_cues_not_all_choices_are_counted() -> None:
+    # 190 other tokens for each of 10 cues are 6e22 choices. A latent for each token is active at one of ten at most.
+    ids = torch.arange(200)
+    prompt = CuedPrompt(tuple(ids.tolist()), tuple(map(str, ids)), tuple(((at,),) for at in range(10)))
+    active = Active(torch.ones(200, 1), ids[:, None])
+    measured = same_frequency_counts([LayerLatents("layers.0", 0, (), 200, active)], prompt, draws=30)
+    assert measured.frequency_gap == 0 and measured.total == control(0, [0] * 30)
 
 
 def test_prose_keeps_the_cues_and_the_bos_where_they_are(tiny_tokenizer: Any) -> None:

@@ -77,6 +77,17 @@ def test_what_is_imported_is_declared() -> None:
                 assert module in allowed or extra, f"{path.name} imports {module}"
 
 
+def test_imports_point_one_way() -> None:
+    parts = ["sae", "tuning", "evaluation", "features", "experiment", "hub", "commands"]
+    for path in SOURCE.rglob("*.py"):
+        package = path.relative_to(SOURCE).parts[:-1]
+        here = parts.index(package[0]) if package and package[0] in parts else -1
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.level and path.name != "cli.py":
+                there = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")][0]
+                assert there not in parts or parts.index(there) <= here, f"{path.name} imports {node.module}"
+
+
 def test_versions_that_are_tested_cover_what_is_declared() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0] for line in lines if line and not line.startswith("#")}

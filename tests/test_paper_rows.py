@@ -122,15 +122,44 @@ def test_every_row_is_there_and_no_other():
     assert found == named
 
 
-@pytest.mark.parametrize("folder", [R1, MATH, QWEN])
-def test_the_sweep_has_one_arm_for_each_layer_of_table_6(folder):
+# Resa-STILL-2nd-Layer to -27th-Layer; the 13th has the scores of Resa-STILL-v1, which is layers.12 counted from 0.
+TABLE_6 = [f"layers.{layer - 1}.mlp" for layer in range(2, 28)]
+
+
+@pytest.mark.parametrize("folder", [MATH, QWEN])
+def test_one_arm_for_each_layer_of_table_6(folder):
     recipe = read(folder, "compare", "hookpoints")
-    # Resa-STILL-2nd-Layer to -27th-Layer; the 13th has the scores of Resa-STILL-v1, which is layers.12 counted from 0.
-    hookpoints = [f"layers.{layer - 1}.mlp" for layer in range(2, 28)]
-    assert recipe["stage1"]["hookpoints"] == hookpoints
+    assert recipe["stage1"]["hookpoints"] == TABLE_6
     swept = {name: arm["sae_id"] for name, arm in recipe["arms"].items() if "control" not in arm}
-    assert swept == {f"layer {number}": hookpoints[number - 2] for number in range(2, 28)}
-    assert components(recipe)[0] == {R1: "Tina-STILL"}.get(folder, "self")
+    assert swept == {f"layer {number}": TABLE_6[number - 2] for number in range(2, 28)}
+    assert components(recipe)[0] == "self"
+
+
+def test_the_sweep_of_table_6():
+    recipe, row = read(R1, "sweep", "hookpoints"), read(R1, "run", "resa-still-v1")
+    assert recipe["grid"] == {"hookpoint": TABLE_6} and recipe["features"] == {"components": 3}
+    assert components(recipe) == ["Tina-STILL", "R1-Distill", "STILL", "STILL", "Fine-tuned"]
+    assert recipe["stage1"] == {key: value for key, value in row["stage1"].items() if key != "hookpoints"}
+    assert recipe["stage2"] == row["stage2"]
+    sweep = parse(RECIPES / R1 / "sweep" / "hookpoints.yaml")
+    assert [point.settings.stage1["hookpoints"] for point in sweep.points] == [TABLE_6] * 26
+    assert len({point.stage1 for point in sweep.points}) == len({point.base for point in sweep.points}) == 1
+
+
+def test_the_sweep_over_the_sources_steps_of_table_4():
+    recipe = read(R1, "sweep", "source_steps")
+    # 0 steps are the base itself; each with an SAE that is fine-tuned and one from scratch.
+    steps = [1, 10, 50, 100, 500, 2000, 3000]
+    tina = [f"Tina-Yi/R1-Distill-Qwen-1.5B-STILL/checkpoint-{step}" for step in steps]
+    assert recipe["grid"]["source_adapter"] == [None, *tina]
+    points = parse(RECIPES / R1 / "sweep" / "source_steps.yaml").points
+    assert len(points) == 16 and len({point.base for point in points}) == 1
+    for name, number in {"v1": 12, "v3": 13, "v4": 0, "v5": 1}.items():
+        row, point = parse(RECIPES / R1 / "run" / f"resa-still-{name}.yaml"), points[number].settings
+        # From scratch the grid says `null`, the row nothing.
+        assert {key: value for key, value in point.stage1.items() if value is not None} == row.stage1
+        assert point.stage2 == row.stage2
+        assert point.run.source_adapter == row.run.source_adapter
 
 
 @pytest.mark.parametrize(
@@ -178,11 +207,8 @@ def test_revisions_are_pinned_and_costs_told(path):
 
 @pytest.mark.parametrize("folder", sorted(path.name for path in RECIPES.iterdir() if path.is_dir()))
 def test_a_readme_names_its_recipes_and_no_other(folder):
-    named = set(
-        re.findall(
-            r"`((?:sae|tune|run|compare|evaluate)/[\w.-]+\.yaml)`", (RECIPES / folder / "README.md").read_text()
-        )
-    )
+    text = (RECIPES / folder / "README.md").read_text()
+    named = set(re.findall(r"`((?:sae|tune|run|compare|evaluate|sweep|features)/[\w.-]+\.yaml)`", text))
     there = {f"{path.parent.name}/{path.name}" for path in (RECIPES / folder).glob("*/*.yaml")}
     assert named == there
 

@@ -43,6 +43,14 @@ assert all(torch.equal(untouched[name], tensor) for name, tensor in sibling.stat
     subprocess.run([sys.executable, "-c", CODE[1] + check], env={**os.environ, **hub.env(home)}, check=True)
 
 
+@pytest.mark.long
+def test_the_features_example_runs_on_the_saes_of_its_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train-sae", "--config", str(ROOT / "recipes/tiny-reasoner/sae/layers.yaml")]) == 0
+    check = "\nassert found.latents and 0 < answer.shape[1] - prompt['input_ids'].shape[1] <= 64\n"
+    subprocess.run([sys.executable, "-c", CODE[2] + check], check=True)
+
+
 def test_what_it_links_to_is_there():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from resa_hf.arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
+from resa_hf.commands.grid import parse_sweep
 from resa_hf.commands.recipe import parse_flat, parse_run, recipe_path
 from resa_hf.evaluation.arguments import EvaluateArguments
 from resa_hf.sae.config import SAETrainingConfig
@@ -21,6 +22,8 @@ def parse(path, *flags):
     if kind in ("run", "compare"):
         own = ["--dataset", "mine.jsonl"] if path.name == "own_data.yaml" else []
         return parse_run(["--config", str(path), *own, *flags], "test", "")
+    if kind == "sweep":
+        return parse_sweep(["--config", str(path), *flags], "test", "")
     types = {"sae": STAGE1, "tune": STAGE2, "evaluate": (EvaluateArguments,)}[kind]
     return parse_flat(types, ["--config", str(path), *flags], "test", "")[0]
 
@@ -42,7 +45,7 @@ def test_recipe_parses_and_an_unknown_key_in_it_does_not(path, tmp_path):
 def test_every_key_of_a_recipe_counts(path, tmp_path):
     recipe = yaml.safe_load(path.read_text())
     sections = {name: recipe[name] for name in ("stage1", "stage2", "sampling") if name in recipe}
-    top = {key: value for key, value in recipe.items() if key not in (*sections, "arms")}
+    top = {key: value for key, value in recipe.items() if key not in (*sections, "arms", "grid", "features")}
     variants = {None: top, **sections}
     for name, keys in variants.items():
         misspelt = {f"{key}x": value for key, value in keys.items()}
@@ -60,7 +63,8 @@ def test_every_key_of_a_recipe_counts(path, tmp_path):
 
 
 def test_every_kind_of_recipe_is_there():
-    assert {path.parent.name for path in RECIPES.glob("*/*/*.yaml")} == {"sae", "tune", "run", "compare", "evaluate"}
+    kinds = {path.parent.name for path in RECIPES.glob("*/*/*.yaml")}
+    assert kinds == {"sae", "tune", "run", "compare", "evaluate", "sweep"}
     assert all((folder / "README.md").is_file() for folder in RECIPES.iterdir() if folder.is_dir())
     assert recipe_path("tiny-reasoner/run/demo.yaml").is_file()
     assert recipe_path("tiny-reasoner/run/demo_full.yaml").is_file()
@@ -137,6 +141,12 @@ def test_arms_hold_values_of_their_types_and_only_what_differs(tmp_path):
         ("stage2: {sae_gradient: flows}", "sae_gradient is 'flows'; it must be one of flow, stop"),
         ("stage2: {sae_gradients: flow}", "stage2 has unknown keys: sae_gradients"),
         ("stage2: {seed: 4}", "seed cannot be set in stage2"),
+        ("stage2: {push_to_hub: true}", "push_to_hub cannot be set in stage2: a run is published .* `resa-hf publish"),
+        (
+            "stage1: {hookpoints: [layers.1], push_to_hub: true, hub_model_id: me/x}",
+            "hub_model_id, push_to_hub cannot be set in stage1",
+        ),
+        ("arms: {a: {hub_strategy: end}}", "Arm 'a': hub_strategy cannot be set in stage2"),
         ("stage1: {hookpoints: [layers.1], sae_optimizer: adagrad}", "sae_optimizer must be one of signum, adam"),
         ("stage1: {num_latents: 64}", "stage1.hookpoints is not set"),
         ("stage1: {hookpoints: [layers.1, layers.2]}", "an arm tunes with one SAE: set stage2.sae_id"),

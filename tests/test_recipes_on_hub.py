@@ -24,8 +24,9 @@ ALL = sorted(path for path in RECIPES.glob("*/*/*.yaml") if path.parts[-3] != "t
 ONE = RECIPES / "deepseek-r1-distill-qwen-1.5b/run/resa-still-v1.yaml"
 CHOSEN = ALL if os.environ.get("RESA_ALL_RECIPES") else [ONE]
 STEPS = {"stage1": "1", "stage2": "2"}
-# A low-rank control stands for an SAE that is better than the mean activation; on the stand-ins that takes so many.
-STEPS_TO_LEARN = "60"
+# A low-rank control stands for an SAE that is better than the mean activation; on the stand-ins that takes so many,
+# and with all the seeds of such a recipe an hour.
+STEPS_TO_LEARN, ONE_SEED = "60", ["--seeds", "0"]
 # Rows to train on, beside those that the recipe holds out: one chunk of 2,048 tokens or more.
 TRAIN_ROWS = 64
 
@@ -51,6 +52,7 @@ def run(recipe: Path, settings: dict) -> Path:
     low_rank = any((arm or {}).get("control") == "low_rank" for arm in settings.get("arms", {}).values())
     numbers = STEPS | ({"stage1": STEPS_TO_LEARN} if low_rank else {})
     steps = [word for name in STEPS if name in settings for word in (f"--{name}.max_steps", numbers[name])]
+    steps += ONE_SEED if low_rank else []
     steps = ["--max_steps", "1"] if kind in ("sae", "tune") else steps
     assert resa_hf([command, "--config", str(recipe), "--dtype", "float32", *steps]) == 0
     return Path(settings["output_dir"])

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
 from ..evaluation.arguments import EvaluateArguments
 from ..experiment.report import as_plain
 from ..experiment.settings import RunSettings
-from ..models import load_config
+from ..experiment.sweep import Sweep, sweep_tasks
+from ..features.arguments import FeatureArguments
+from ..models import load_skeleton
 from ..sae.config import SAETrainingConfig
 from ..tuning.config import SAETuningConfig
 
@@ -44,6 +46,19 @@ def describe_run(settings: RunSettings) -> str:
     predicted = [_stage1_memory(run, stage1)] if stage1 is not None else []
     predicted.append(_stage2_memory(run, run, stage2, stage1, teacher))
     return "\n\n".join([resolved, jobs, loaded, "Predicted memory of one job:\n" + "\n".join(predicted)])
+
+
+def describe_sweep(sweep: Sweep) -> str:
+    """What `resa-hf sweep` would do: the first point in full, and what the others have with it in common."""
+    lines = []
+    for point in sweep.points:
+        run = point.settings.run
+        loaded = _loaded(run, run, run.source_model or run.source_adapter, run.sae)
+        lines.append(f"  {point.root.name}: {loaded} Shares {point.stage1} and {point.base}.")
+    jobs = {task.name for task in sweep_tasks(sweep.points)} - {point.root.name for point in sweep.points}
+    shared = f"Made once, in {sweep.points[0].shared}: {', '.join(sorted(jobs))}."
+    points = f"{len(sweep.points)} points, of which the first is told above:\n" + "\n".join(lines)
+    return "\n\n".join([describe_run(sweep.points[0].settings), points, shared])
 
 
 def describe_stage(
@@ -85,6 +100,17 @@ def describe_evaluation(args: EvaluateArguments) -> str:
     return "\n\n".join([resolved, loaded, "Predicted memory, at most:\n" + "\n".join(predicted)])
 
 
+def describe_features(args: FeatureArguments) -> str:
+    """What `resa-hf features` would do."""
+    resolved = json.dumps(vars(args), indent=2, default=str)
+    meta, dtype = _shape(args)
+    # Of 8 texts (`measure_effect`), untouched and edited.
+    logits = 2 * 8 * args.max_length * meta.config.get_text_config().vocab_size * dtype.itemsize
+    predicted = _line("one SAE at a time, and", model=_size(meta, dtype), logits=logits)
+    loaded = _loaded(args, args, args.saes, args.other_model, args.other_adapter, args.other_saes)
+    return "\n\n".join([resolved, loaded, f"Predicted memory:\n{predicted}"])
+
+
 def _loaded(model: ModelArguments, data: DataArguments, *others: str | None) -> str:
     names = [model.model_name_or_path, model.model_adapter, *others, data.dataset]
     return f"Would load: {', '.join(name for name in names if name)}."
@@ -92,10 +118,8 @@ def _loaded(model: ModelArguments, data: DataArguments, *others: str | None) -> 
 
 def _shape(model: ModelArguments) -> tuple[PreTrainedModel, torch.dtype]:
     """The model without its weights, and the dtype that they would have."""
-    config: Any = load_config(model.model_name_or_path, revision=model.model_revision)
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(config)
-    stored = config.dtype or torch.float32
+    meta = load_skeleton(model.model_name_or_path, revision=model.model_revision)
+    stored: Any = meta.config.dtype or torch.float32
     return meta, stored if model.dtype == "auto" else getattr(torch, model.dtype)
 
 

@@ -19,6 +19,9 @@ from ..tuning.config import SAETuningConfig
 SECTIONS: dict[str, Any] = {"stage1": SAETrainingConfig, "stage2": SAETuningConfig, "sampling": Sampling}
 # The run sets these itself: one value for all arms would be wrong, or would be overwritten.
 _RESERVED = {"output_dir", "seed", "sae", "sae_revision", "packing", "eval_strategy", "eval_on_start"}
+# Every arm, seed and checkpoint would push to one repository, before there is a verdict.
+_PUSHING = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"}
+_PUSHING |= {"hub_always_push", "hub_revision"}
 # Equal tokens, steps and optimiser: an arm with others could not be compared.
 _SHARED = {"learning_rate", "max_length", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
 _SHARED |= {"gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm"}
@@ -61,7 +64,7 @@ def parse_flat(
         `ValueError`: for an unknown key, a wrong choice, or a recipe that cannot be read.
     """
     parser = TrlParser(list(types), prog=prog, description=description, allow_abbrev=False)
-    rest, path = _take_config(argv)
+    rest, path = take_config(argv)
     recipe = read_yaml(path) if path else {}
     _set_defaults(parser, recipe, str(path))
     parsed = tuple(parser.parse_args_into_dataclasses(rest))
@@ -80,19 +83,28 @@ def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | N
         `ValueError`: for an unknown key, a wrong choice, settings that contradict each other, or a recipe that cannot
         be read.
     """
-    rest, named = _take_config(argv)
+    rest, named = take_config(argv)
     path = named or config
-    recipe = read_yaml(path) if path else {}
+    return parse_settings(read_yaml(path) if path else {}, rest, prog, description, str(path))
+
+
+def parse_settings(
+    recipe: Mapping[str, Any], argv: Sequence[str], prog: str, description: str, where: str
+) -> RunSettings:
+    """What [`parse_run`] does, of a recipe that was read; `where` names it in messages."""
+    recipe = dict(recipe)
     arms = recipe.pop("arms", None)
-    flags, rest = _take_sections(rest)
-    sections = {name: _section(name, recipe.pop(name, None), flags.get(name, []), str(path)) for name in SECTIONS}
+    flags, rest = _take_sections(list(argv))
+    sections = {name: _section(name, recipe.pop(name, None), flags.get(name, []), where) for name in SECTIONS}
     types: list[Any] = [RunArguments]
     parser = TrlParser(types, prog=prog, description=description, allow_abbrev=False)
     parser.epilog = "Keys of the sections stage1, stage2 and sampling: --stage2.learning_rate 1e-5, and so on."
-    _set_defaults(parser, recipe, str(path))
+    _set_defaults(parser, recipe, where)
     (run,) = parser.parse_args_into_dataclasses(rest)
     if misplaced := sorted(sections["stage2"].keys() & {"control", "control_sae", "control_sae_id"}):
-        raise ValueError(f"{path}: {', '.join(misplaced)} in stage2 would make every arm a control; set it in an arm.")
+        raise ValueError(
+            f"{where}: {', '.join(misplaced)} in stage2 would make every arm a control; set it in an arm."
+        )
     stage1, stage2 = _one_max_length(sections["stage1"], sections["stage2"])
     checked = [_checked_arm(arm, run, stage2) for arm in make_arms(arms, run.sae is not None, run.has_source)]
     if run.rl_arm not in (None, *(arm.name for arm in checked)):
@@ -103,7 +115,8 @@ def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | N
     return settings
 
 
-def _take_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
+def take_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Takes `--config FILE` out of the flags."""
     rest = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in rest:
         return rest, None
@@ -143,6 +156,11 @@ def _section(name: str, recipe: Any, flags: list[str], where: str) -> dict[str, 
     if not isinstance(recipe, dict):
         raise ValueError(f"{where}: {name} must be a mapping, not {recipe!r}.")
     given = _given([SECTIONS[name]], recipe, flags, f"{where}: {name}")
+    if pushing := sorted(given.keys() & _PUSHING):
+        raise ValueError(
+            f"{where}: {', '.join(pushing)} cannot be set in {name}: a run is published when it is done, by "
+            "`resa-hf publish --folder OUTPUT_DIR`."
+        )
     reserved = sorted(given.keys() & _RESERVED) if name != "sampling" else []
     if reserved:
         raise ValueError(

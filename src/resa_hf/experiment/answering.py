@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapters import load_reasoning_adapter
 from ..errors import DataError
 from ..evaluation.adapter_check import check_adapter
 from ..evaluation.engine import Outcomes, Sampling, answer
 from ..evaluation.in_process import TransformersEngine, weights_digest
 from ..evaluation.movement import movement
 from ..evaluation.store import stored_seconds
-from ..hub.adapters import load_reasoning_adapter
 from ..precision import runnable_device
 from .arms import BASE, Arm, Candidate
 from .folder import RunFolder, read_json, write_json, write_whole

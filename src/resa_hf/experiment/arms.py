@@ -28,7 +28,7 @@ class Arm:
         like (`str`, *optional*):
             The trained arm whose size a random adapter has.
         adapter (`str`, *optional*):
-            Not trained, but taken: a folder or Hub repo of a PEFT adapter.
+            Not trained, but taken: a PEFT adapter, as a folder or Hub repo, also as `owner/name@revision/sub/folder`.
         tuning (`dict`):
             What is different in `stage2`, and only that.
     """

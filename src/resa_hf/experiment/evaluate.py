@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapters import load_reasoning_adapter
 from ..data import PRESETS, TINY, load_questions
 from ..evaluation.adapter_check import check_adapter, check_served_adapter
 from ..evaluation.arguments import BASE, EvaluateArguments, slug
@@ -20,7 +21,6 @@ from ..evaluation.movement import movement
 from ..evaluation.pipeline import TaskResult, run_tasks
 from ..evaluation.server import ServerEngine
 from ..evaluation.tasks import task_rows
-from ..hub.adapters import load_reasoning_adapter
 from ..models import load_causal_lm, load_tokenizer
 from ..precision import runnable_device
 from .folder import claim

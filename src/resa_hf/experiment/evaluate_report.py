@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.arguments import EvaluateArguments
+from ..evaluation.benchmarks import task_revisions
 from ..evaluation.comparison import Answers, compare
 from ..evaluation.cost import Cost, current_device, gpus_held
 from ..evaluation.pipeline import TaskResult
@@ -14,7 +15,7 @@ from ..evaluation.plot import plot_comparison
 from ..evaluation.samples import maj_at_k, pass_at_k
 from ..evaluation.tables import comparison_table, markdown, plain, ratio_table, reading, task_table
 from ..places import parse_place
-from ..provenance import Revisions, base_revisions, place_revision, task_revisions
+from ..provenance import Revisions, base_revisions, place_revision
 from .evaluate import Evaluated, Evaluation
 from .folder import write_json, write_whole
 from .report import versions

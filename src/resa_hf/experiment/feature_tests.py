@@ -20,7 +20,7 @@ from ..features.effects import Effect, measure_effect
 from ..features.matched import latent_statistics
 from ..features.matching import match_activations, match_decoders
 from ..features.two_models import read_on_two
-from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
+from ..models import load_causal_lm
 from ..text import encode_prompt
 from .features import SAE, Part, Subject, excluded, find_saes
 
@@ -202,7 +202,6 @@ def matching_part(subject: Subject, hookpoint: str, answers: OwnAnswers) -> Part
     name = args.other_model or args.model_name_or_path
     other = load_causal_lm(name, args.other_adapter, revision=args.other_revision, dtype=args.dtype).eval()
     torch.nn.Module.to(other, subject.model.device)
-    check_same_vocabulary(subject.tokenizer, load_tokenizer(name, revision=args.other_revision), added=False)
     skipped, rows = excluded(sae), answers.rows
     two = read_on_two(subject.model, other, hookpoint, sae, rows, excluded_token_ids=skipped, seed=args.seed)
     found: Part = {"read_on_two": asdict(two)}
@@ -212,11 +211,14 @@ def matching_part(subject: Subject, hookpoint: str, answers: OwnAnswers) -> Part
             raise HookpointError(f"{args.other_saes} has no SAE at {hookpoint}, only at {', '.join(theirs)}.")
         others, pair = theirs[hookpoint](), (hookpoint, hookpoint)
         found["same_start"] = _same_start(sae, others)
-        found["decoder"] = asdict(match_decoders(sae, others, seed=args.seed))
         matched = match_activations(
             subject.model, sae, other, others, rows, hookpoints=pair, excluded_token_ids=skipped, seed=args.seed
         )
         found["activation"] = asdict(matched)
+        # The same latents: those that fire, and no more of them than can be paired.
+        latents, candidates = sorted(matched.first.tolist()), sorted(matched.second.tolist())
+        decoder = match_decoders(sae, others, latents=latents, candidates=candidates, seed=args.seed)
+        found["decoder"] = asdict(decoder)
     return found
 
 

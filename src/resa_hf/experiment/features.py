@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from ..features.cue_controls import prose_control, prose_passages, same_frequenc
 from ..features.examples import nearest_tokens, top_examples
 from ..features.mixture import fit_mixture, suggested_layers
 from ..features.reasoning import CuedPrompt, cued_prompt, reasoning_latents
-from ..hookpoints import resolve_hookpoint
-from ..models import load_causal_lm, load_tokenizer
+from ..hookpoints import layer_index, resolve_hookpoint
+from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
 from ..precision import runnable_device
 from ..prose import load_prose
 from ..sae.autoencoder import SAELensSAE, TopKSAE
 from ..sae.checkpoint import list_saes, load_sae
 from ..sae.quality import sae_quality
-from ..text import R1_PROMPT, evaluation_prompt
+from ..text import R1_PROMPT, encode_prompt, evaluation_prompt
 from .folder import claim, read_json, write_json
 from .prepare import MEASURED_DOCUMENTS, load_rows, tokenize
 
@@ -44,6 +45,7 @@ class Subject:
         model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): the model, on its device.
         saes (`dict[str, Callable]`): canonical hookpoint to what loads its SAE onto that device.
         prompt ([`CuedPrompt`]): the text in which reasoning latents are looked for.
+        held_out (`datasets.Dataset`): the rows that Stage I did not read.
     """
 
     args: FeatureArguments
@@ -51,6 +53,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     saes: Mapping[str, Callable[[], SAE]]
     prompt: CuedPrompt
+    held_out: Any
 
     @property
     def folder(self) -> Path:
@@ -60,7 +63,7 @@ class Subject:
     @cached_property
     def questions(self) -> list[dict[str, str]]:
         """The held-out problems, with `prompt`, as many as are answered."""
-        rows = self._held_out.select(range(self.args.problems))
+        rows = self.held_out.select(range(self.args.problems))
         template = self.args.template
         return [
             {**row, "prompt": evaluation_prompt(row["problem"], template=template, tokenizer=self.tokenizer)}
@@ -70,34 +73,48 @@ class Subject:
     @cached_property
     def rows(self) -> Any:
         """Tokens of held-out CoT-free text."""
-        measured = self._held_out.select(range(min(len(self._held_out), MEASURED_DOCUMENTS)))
+        measured = self.held_out.select(range(min(len(self.held_out), MEASURED_DOCUMENTS)))
         return tokenize(measured, self.args, self.tokenizer, self.args.max_length)[0]
-
-    @cached_property
-    def _held_out(self) -> Any:
-        rows, _ = load_rows(self.args)
-        return hold_out(rows, self.args.held_out, self.args.split_seed)[1]
 
 
 def load_subject(args: FeatureArguments) -> Subject:
-    """Loads the model, finds the SAEs and the cues.
+    """Loads the model and the data, finds the SAEs and the cues: what can be found wrong before any work is done.
 
     Raises:
-        `DataError`: if the prompt does not hold the cues.
-        `HookpointError`: if there is no SAE at a hookpoint that the settings name.
+        `DataError`: if the prompt does not hold the cues, the data cannot be read, or problems exceed `max_length`.
+        `HookpointError`: if there is no SAE at a hookpoint that the settings name, or two are in one layer.
         `IncompatibleSAEError`: if there is no SAE at all.
+        `ValueError`: if the second model has another tokenizer.
     """
     tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
     prompt = cued_prompt(tokenizer, R1_PROMPT if args.prompt is None else args.prompt, args.cues)
+    if args.has_other:
+        other = load_tokenizer(args.other_model or args.model_name_or_path, revision=args.other_revision)
+        check_same_vocabulary(tokenizer, other, added=False)
+    held_out = hold_out(load_rows(args)[0], args.held_out, args.split_seed)[1]
     model = load_causal_lm(
         args.model_name_or_path, args.model_adapter, revision=args.model_revision, dtype=args.dtype
     ).eval()
+    model.requires_grad_(False)  # so that attribution keeps no activations below the hookpoint
     torch.nn.Module.to(model, runnable_device())
     saes = find_saes(model, args.saes)
     wanted = [resolve_hookpoint(model, name) for name in args.hookpoints or saes]
     if missing := [name for name in wanted if name not in saes]:
         raise HookpointError(f"{args.saes} has no SAE at {', '.join(missing)}. It has: {', '.join(saes)}.")
-    return Subject(args, model, tokenizer, {name: saes[name] for name in wanted}, prompt)
+    for name, after in pairwise(wanted := [name for name in saes if name in wanted]):
+        if layer_index(model, name) == layer_index(model, after):
+            raise HookpointError(
+                f"{name} and {after} lie in one layer; counts are by layer. Name one of each layer in `hookpoints`."
+            )
+    if args.test_hookpoint is not None and (name := resolve_hookpoint(model, args.test_hookpoint)) not in wanted:
+        raise HookpointError(f"test_hookpoint is {name}, but SAEs are read at {', '.join(wanted)} only.")
+    subject = Subject(args, model, tokenizer, {name: saes[name] for name in wanted}, prompt, held_out)
+    longest = max((len(encode_prompt(question["prompt"], tokenizer)) for question in subject.questions), default=0)
+    if longest >= args.max_length:
+        raise DataError(
+            f"max_length is {args.max_length}, but a problem's prompt alone has {longest} tokens: raise it."
+        )
+    return subject
 
 
 def find_saes(model: PreTrainedModel, name: str) -> dict[str, Callable[[], SAE]]:
@@ -112,11 +129,26 @@ def find_saes(model: PreTrainedModel, name: str) -> dict[str, Callable[[], SAE]]
         try:
             hookpoint = resolve_hookpoint(model, sae_id)
         except HookpointError:  # its folder has another name
-            hookpoint = resolve_hookpoint(model, str(load().hookpoint))
+            own = load().hookpoint
+            if own is None:
+                raise IncompatibleSAEError(
+                    f"The SAE {sae_id} of {name} tells no hookpoint: name its folder after it, for example layers.12."
+                ) from None
+            hookpoint = resolve_hookpoint(model, own)
         if hookpoint in saes:
             raise DataError(f"{name} has several SAEs at {hookpoint}: name the folder of one of them.")
-        saes[hookpoint] = load
+        saes[hookpoint] = partial(_load_at, model, hookpoint, load)
     return dict(sorted(saes.items(), key=lambda item: [int(w) if w.isdigit() else 0 for w in item[0].split(".")]))
+
+
+def _load_at(model: PreTrainedModel, hookpoint: str, load: Callable[[], SAE]) -> SAE:
+    """The SAE, unless it tells another hookpoint than its folder's name."""
+    sae = load()
+    if sae.hookpoint is not None and resolve_hookpoint(model, sae.hookpoint) != hookpoint:
+        raise IncompatibleSAEError(
+            f"The SAE in the folder of {hookpoint} was trained at {sae.hookpoint}: give the folder that name."
+        )
+    return sae
 
 
 def excluded(sae: SAE) -> list[int]:
@@ -194,7 +226,7 @@ def examples_part(subject: Subject, hookpoint: str, latents: list[int]) -> list[
         subject.rows,
         latents,
         excluded_token_ids=excluded(sae),
-        count=max(1, subject.args.examples),
+        count=subject.args.examples,
     )
     return [
         {

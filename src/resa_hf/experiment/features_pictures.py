@@ -46,7 +46,8 @@ def _drawings(tokens: Sequence[str], cues: Sequence[int], found: Part) -> dict[s
     if any(counts):
         alt = f"Heat map of {sum(counts)} reasoning latents by token of the prompt; they are active at the cues only."
         drawings["prompt"] = (_prompt(tokens, cues, layers), alt)
-    if edits := found["effects"]["edits"]:
+    # Patching everywhere moves so much more that beside it the others could not be told apart.
+    if edits := [edit for edit in found["effects"]["edits"] if not edit["change"].startswith("patch")]:
         drawings["effects"] = (_effects(edits), "KL of each edit with its interval, beside matched random latents.")
     if "decoder" in found.get("matching", {}):
         drawings["matching"] = (_matching(found["matching"]["decoder"]), "Decoder cosines of matched latents.")
@@ -88,7 +89,7 @@ def _effects(edits: Sequence[Part]) -> Draw:
     names = [f"{edit['change']}: {', '.join(map(str, edit['latents']))}" for edit in edits]
     estimates, lows, highs = ([edit["kl"][name] for edit in edits] for name in ("estimate", "low", "high"))
     null = tuple([edit["nulls"]["kl"][name] for edit in edits] for name in ("mean", "low", "high"))
-    what = "KL of the next token, untouched against edited (nats a token)"
+    what = "KL(untouched || edited) of the next token (nats a token)"
     return lambda path, dark: plot_effects(path, names, estimates, lows, highs, null, what, dark=dark)  # type: ignore[arg-type]
 
 

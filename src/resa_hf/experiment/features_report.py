@@ -2,12 +2,12 @@
 
 from dataclasses import asdict
 
-from ..errors import HookpointError
 from ..evaluation.cost import current_device
 from ..features.arguments import FeatureArguments
+from ..features.firings import check_latents
 from ..features.page import write_page
 from ..hookpoints import resolve_hookpoint
-from ..provenance import base_revisions
+from ..provenance import Revisions, base_revisions, model_revisions, sae_revision
 from .feature_tests import attribution_part, effects_part, matching_part, own_answers
 from .features import (
     Part,
@@ -36,15 +36,19 @@ def run_features(args: FeatureArguments) -> str:
         `DataError`: if data or prompt cannot be used, or the folder holds something that was made with other settings.
         `HookpointError`, `IncompatibleSAEError`: if the SAEs do not fit the model.
     """
-    folder = claim_folder(args)
-    subject, part = load_subject(args), Parts(folder)
+    subject = load_subject(args)
+    folder = claim_folder(args)  # once the settings are known to be of use
+    part = Parts(folder)
     found: Part = {"layers": part("layers", lambda: layers_part(subject))}
     found["quality"] = part("quality", lambda: quality_part(subject))
     found["mixture"] = mixture_part(found["layers"], args)
     hookpoint = _tested_hookpoint(subject, found)
+    layer = next(layer for layer in found["layers"] if layer["hookpoint"] == hookpoint)
+    reasoning = layer["latents"]
     answers = own_answers(subject)
-    reasoning = next(layer["latents"] for layer in found["layers"] if layer["hookpoint"] == hookpoint)
-    named = args.test_latents if args.test_latents is not None else reasoning[: args.tested]
+    named = reasoning[: args.tested] if args.test_latents is None else (
+        check_latents(args.test_latents, layer["num_latents"]).tolist()
+    )  # fmt: skip
     found["attribution"] = part("attribution", lambda: attribution_part(subject, hookpoint, answers, named))
     latents = named or found["attribution"]["largest"][: args.tested]
     found["tested"] = {"hookpoint": hookpoint, "latents": latents, "reasoning": bool(set(latents) <= set(reasoning))}
@@ -60,7 +64,7 @@ def run_features(args: FeatureArguments) -> str:
         folder / "report.json",
         {
             "settings": asdict(args),
-            "revisions": base_revisions(args),
+            "revisions": _revisions(args),
             "prompt": {"tokens": subject.prompt.tokens, "cues": subject.prompt.spans},
             **found,
             "device": current_device(),
@@ -71,13 +75,19 @@ def run_features(args: FeatureArguments) -> str:
     return text
 
 
+def _revisions(args: FeatureArguments) -> Revisions:
+    """The models and SAEs."""
+    found = base_revisions(args) | sae_revision("sae", args.saes, None)
+    if args.has_other:
+        name = args.other_model or args.model_name_or_path
+        found |= model_revisions("other", name, args.other_revision, args.other_adapter)
+    return found | sae_revision("other_sae", args.other_saes, None)
+
+
 def _tested_hookpoint(subject: Subject, found: Part) -> str:
     """The one that the settings name, or the first that is suggested and has reasoning latents, or the first."""
     if subject.args.test_hookpoint is not None:
-        name = resolve_hookpoint(subject.model, subject.args.test_hookpoint)
-        if name not in subject.saes:
-            raise HookpointError(f"test_hookpoint is {name}, but SAEs are read at {', '.join(subject.saes)} only.")
-        return name
+        return resolve_hookpoint(subject.model, subject.args.test_hookpoint)
     counted = {layer["hookpoint"]: len(layer["latents"]) for layer in found["layers"]}
     suggested = [] if found["mixture"] is None else found["mixture"]["suggested"]
     return next((name for name in (*suggested, *counted) if counted[name]), next(iter(counted)))

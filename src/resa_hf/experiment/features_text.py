@@ -30,7 +30,7 @@ def features_text(args: FeatureArguments, found: Part) -> str:
         "![Effect of editing latents](pictures/effects.png)" if found["effects"]["edits"] else "",
         _effects_table(found),
         "## Attribution",
-        _attribution_lines(found),
+        _attribution_lines(args, found),
         _attribution_table(found),
         *(_matching(found["matching"]) if "matching" in found else []),
         "## Top activating examples",
@@ -53,50 +53,60 @@ def _in_short(args: FeatureArguments, found: Part) -> list[str]:
     if total:
         frequency = layers[0]["totals"]["same_frequency"]
         more = "more than" if frequency["p_value"] <= ALPHA else "not distinguishably more than"
+        about = "about " if layers[0]["frequency_gap"] else ""
         lines.append(
-            f"That is {more} other tokens that occur as often have: {frequency['mean']:.1f} on average "
+            f"That is {more} other tokens that occur {about}as often have: {frequency['mean']:.1f} on average "
             f"(95% of {frequency['controls']} choices: {frequency['low']:g} to {frequency['high']:g}; "
             f"p = {frequency['p_value']:.2g})."
         )
         by_cue = sum(len(layer["cue_token_latents"]) for layer in layers)
         lines.append(
             f"Latents of the cue's tokens among them, active at the same cues in ordinary prose, too, in more than "
-            f"half of {args.passages} passages: {by_cue}. Those that need the context: {total - by_cue}."
+            f"half of {args.passages} passages: {by_cue}. The others, for which the cues alone do not suffice: "
+            f"{total - by_cue}."
         )
     if found["mixture"] is not None:
         lines.append(f"Suggested hookpoints: {', '.join(found['mixture']['suggested'])}.")
-    return [*lines, _verdict(found)]
+    return [*lines, _verdict(args, found)]
 
 
-def _verdict(found: Part) -> str:
+def _verdict(args: FeatureArguments, found: Part) -> str:
     """The one test that was set beforehand: all tested latents ablated together, by answers if there are any."""
     hookpoint, edits = found["tested"]["hookpoint"], found["effects"]["edits"]
     primary = next((edit for edit in edits if edit["change"] == "ablate" and edit["together"]), None)
     if primary is None:
         reason = " ".join(found["effects"]["without_null"]) or "no latent to test is active on the text."
         return f"What was to be tested at {hookpoint} could not be: {reason}"
-    what = f"Ablating the tested {_kind(found)} of {hookpoint} together ({len(primary['latents'])})"
+    count, kind = len(primary["latents"]), "reasoning latent" if found["tested"]["reasoning"] else "latent"
+    what = f"the tested {kind} of {hookpoint}" if count == 1 else f"the {count} tested {kind}s of {hookpoint} together"
     if primary["accuracy"] is None:
-        measured, null = f"moves the next token by {_kl(primary['kl'])} nats", primary["nulls"]["kl"]
+        measured, null = f"moves the next token by {_kl(primary['kl'])} nats of KL", primary["nulls"]["kl"]
         like = f"{null['mean']:.3g} nats (95%: {null['low']:.3g} to {null['high']:.3g})"
     else:
         line, null = primary["accuracy"], primary["nulls"]["accuracy"]
         measured = (
-            f"changes accuracy by {100 * line['estimate']:+.1f} points ({100 * line['low']:+.1f} to "
+            f"changes accuracy by {100 * line['estimate']:+.1f} points (95%: {100 * line['low']:+.1f} to "
             f"{100 * line['high']:+.1f})"
         )
         like = f"{100 * null['mean']:+.1f} points (95%: {100 * null['low']:+.1f} to {100 * null['high']:+.1f})"
-    does = "They do something that random latents do not" if null["p_value"] <= ALPHA else (
-        "Not distinguishable from random latents"
-    )  # fmt: skip
-    return (
-        f"{what} {measured}; as many random latents of like firing rate and norm, {null['n']} sets of them, change it "
-        f"by {like}. **{does}** (p = {null['p_value']:.2g})."
+    alike = (
+        f"{null['n']} " + ("" if count == 1 else f"sets of {count} ") + "random latents of like firing rate and norm"
     )
+    return f"Ablating {what} {measured}; {alike} change it by {like} on average. {_decided(args, found, null)}"
 
 
-def _kind(found: Part) -> str:
-    return "reasoning latents" if found["tested"]["reasoning"] else "latents"
+def _decided(args: FeatureArguments, found: Part, null: Part) -> str:
+    if _by_attribution(args, found):
+        return "**No test**, since the latents were chosen by their attribution on the same text."
+    if 1 / (1 + null["n"]) > ALPHA:
+        return f"**Too few random latents to tell** (p = {null['p_value']:.2g})."
+    more = null["p_value"] <= ALPHA
+    decided = "More than random latents do" if more else "Not distinguishable from random latents"
+    return f"**{decided}** (p = {null['p_value']:.2g})."
+
+
+def _by_attribution(args: FeatureArguments, found: Part) -> bool:
+    return not found["tested"]["reasoning"] and not args.test_latents
 
 
 def _layers_intro(args: FeatureArguments, found: Part) -> str:
@@ -106,7 +116,8 @@ def _layers_intro(args: FeatureArguments, found: Part) -> str:
     return (
         f"A reasoning latent is active at {where} of each cue and nowhere else in the prompt. Beside its count: the "
         f"same count for other tokens of the prompt that occur as often{near}, and for the same cues at the same "
-        "positions in ordinary prose. p: the share of other tokens with at least as many."
+        "positions in ordinary prose. p: the share of other tokens with at least as many, the cues "
+        "counted as one; not corrected for the number of hookpoints."
     )
 
 
@@ -164,17 +175,21 @@ def _quality_table(found: Part) -> str:
 
 def _effects_intro(args: FeatureArguments, found: Part) -> str:
     tested, silent = found["tested"], found["effects"]["silent"]
-    kind = "Its reasoning latents" if tested["reasoning"] else (
-        "The latents that the settings name" if args.test_latents else
-        "It has no reasoning latents, so that those with the largest attribution"
-    )  # fmt: skip
-    text = "the model's own answers" if args.problems else "held-out text"
+    of_all = next(len(layer["latents"]) for layer in found["layers"] if layer["hookpoint"] == tested["hookpoint"])
+    if args.test_latents:
+        kind = "What is tested are the latents that the settings name"
+    elif tested["reasoning"]:
+        first = f", the first {len(tested['latents'])} of {of_all}" if len(tested["latents"]) < of_all else ""
+        kind = f"What is tested are its reasoning latents{first}"
+    else:
+        kind = "It has no reasoning latents, so that those with the largest attribution on the same text are tested"
+    text = "problems with the model's own answers" if args.problems else "held-out text"
     lines = [
-        f"{kind} at {tested['hookpoint']} are tested, with the SAE spliced in and its error term kept, so that "
-        f"nothing else changes: {_listed(tested['latents'], 20)}. KL is of the next token, untouched against edited, "
-        f"on {text}. Null: the same edit of random latents of like firing rate and norm (mean and 95% range). The "
-        "test that counts is the ablation of all together; the other p values are not corrected for their number, "
-        "and none can be below 1 / (1 + number of nulls)."
+        f"The SAE of {tested['hookpoint']} is spliced in with its error term kept, so that nothing else changes. "
+        f"{kind}: {_listed(tested['latents'], 20)}. KL is of the next token, untouched against edited, on {text}. "
+        "Null: the same edit of random latents of like firing rate and norm (mean and 95% range). The test that "
+        "counts is the ablation of all together; the other p values are not corrected for their number, and none can "
+        "be below 1 / (1 + number of nulls)."
     ]
     if silent:
         lines.append(f"Not tested, since they are never active on {text}: {_listed(silent, 20)}.")
@@ -204,17 +219,18 @@ def _measure(edit: Part, name: str, scale: float, form: str) -> list[str]:
 
 
 def _kl(interval: Part) -> str:
-    return f"{interval['estimate']:.3g} ({interval['low']:.3g} to {interval['high']:.3g})"
+    return f"{interval['estimate']:.3g} (95%: {interval['low']:.3g} to {interval['high']:.3g})"
 
 
-def _attribution_lines(found: Part) -> str:
+def _attribution_lines(args: FeatureArguments, found: Part) -> str:
     part = found["attribution"]
+    texts = "of the model's own answers (right ones, if there are any)" if args.problems else "held-out texts"
     by = {name: "not defined" if value is None else f"{value:.2f}" for name, value in part["rank_correlation"].items()}
     return (
-        f"What each latent contributes to the log-likelihood of {part['answers']} texts, in nats a text: by gradient "
-        "times activation, by integrated gradients (from all latents at 0), and by really ablating it alone. Rank "
-        f"correlation with the ablation over {len(part['checked'])} latents (those tested, those with the largest "
-        f"attribution, and random ones): {by['gradient_times_activation']} and {by['integrated_gradients']}."
+        f"What each latent contributes to the log-likelihood of {part['answers']} {texts}, in nats a text: by "
+        "gradient times activation, by integrated gradients (from all latents at 0), and by really ablating it alone. "
+        f"Rank correlation with the ablation over {len(part['checked'])} latents (those tested, those with the "
+        f"largest attribution, and random ones): {by['gradient_times_activation']} and {by['integrated_gradients']}."
     )
 
 

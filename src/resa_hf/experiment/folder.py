@@ -3,31 +3,67 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .arms import Arm, Candidate
+from .arms import BASE, Arm, Candidate
+
+# What runs of a sweep share lies beside them in this folder, and each has a file that names its part of it.
+SHARED = "shared"
+_SHARED_NAMES = f"{SHARED}.json"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths in a run's output folder.
+    """The paths in a run's output folder, and in those that it shares with other runs of a sweep.
 
     Args:
         root (`Path`): the output folder.
+        stage1 (`Path`, *optional*): where data and SAEs lie. `None`: in `root`.
+        base (`Path`, *optional*): where the untouched base's answers lie. `None`: in `root`.
     """
 
     root: Path
+    stage1: Path | None = None
+    base: Path | None = None
+
+    @classmethod
+    def in_sweep(cls, root: Path, stage1: str, base: str) -> "RunFolder":
+        """The folder of a sweep's run, which shares folders of these names."""
+        # A name that somebody wrote must not lead out of the sweep.
+        return cls(root, *(root.parent / SHARED / Path(name).name for name in (stage1, base)))
+
+    @classmethod
+    def open(cls, root: Path) -> "RunFolder":
+        """The folder of a run that was started before, alone or in a sweep."""
+        path = root / _SHARED_NAMES
+        return cls.in_sweep(root, **read_json(path)) if path.is_file() else cls(root)
+
+    def note_shared(self) -> None:
+        """Writes down what it shares, as [`RunFolder.open`] reads it."""
+        if self.stage1 is not None and self.base is not None:
+            write_json(self.root / _SHARED_NAMES, {"stage1": self.stage1.name, "base": self.base.name})
+
+    @property
+    def roots(self) -> list[Path]:
+        """All folders with files of the run."""
+        return [place for place in (self.root, self.stage1, self.base) if place is not None]
+
+    def glob(self, pattern: str) -> Iterator[Path]:
+        """The run's files, shared ones included."""
+        return chain.from_iterable(place.glob(pattern) for place in self.roots)
 
     def data(self, name: str) -> Path:
         """A packed dataset (`train`, `held_out`), or `questions.json` and `data.json`."""
-        return self.root / "data" / name
+        return (self.stage1 or self.root) / "data" / name
 
     def sae(self, source: str, seed: int) -> Path:
         """The folder of the SAEs that were trained on a source."""
-        return self.root / "sae" / source / f"seed-{seed}"
+        return (self.stage1 or self.root) / "sae" / source / f"seed-{seed}"
 
     def training(self, arm: Arm, candidate: Candidate, seed: int) -> Path:
         """The folder of one training: arm, learning rate and seed."""
@@ -36,7 +72,8 @@ class RunFolder:
     def arm(self, arm: Arm, candidate: Candidate | None, seed: int) -> Path:
         """The folder of its adapter and answers; `candidate` is `None` where nothing is trained."""
         if candidate is None:
-            return self.root / "arms" / arm.slug / "untrained" / f"seed-{seed}"
+            root = self.base if self.base is not None and arm == BASE else self.root
+            return root / "arms" / arm.slug / "untrained" / f"seed-{seed}"
         place = self.training(arm, candidate, seed)
         return place if candidate.step is None else place / f"step-{candidate.step}"
 

@@ -1,5 +1,7 @@
 """The whole way: data, Stage I, Stage II, answers, verdict."""
 
+from typing import Any
+
 from .folder import RunFolder, claim
 from .overlap import training_overlap
 from .plan import plan, test_sizes
@@ -24,9 +26,7 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
     # A mistake in Stage II's settings that showed after Stage I is to be mended without training the SAEs again.
     no_arm_yet = not any(folder.root.glob("arms/**/*.json*"))
     claim(folder.root, as_plain(settings), free=("stage2", "arms", "sampling") if no_arm_yet else ())
-    prose = any(source.endswith("-prose") for source in settings.sae_sources)
-    teaches = any({**settings.stage2, **arm.tuning}.get("kl_reference") == "source" for arm in settings.arms)
-    data = prepare(folder, settings.run, int(settings.stage2.get("max_length", 2048)), prose, teaches)
+    data = prepare_run(folder, settings)
     print(describe(data), flush=True)
     planned = plan(test_sizes(settings), len(settings.run.seeds))
     print(planned["text"], flush=True)
@@ -43,3 +43,9 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
     results = collect(folder, settings, chosen)
     print("\n" + write_report(folder, settings, results, data, chosen_by, planned, overlap))
     return results
+
+
+def prepare_run(folder: RunFolder, settings: RunSettings) -> dict[str, Any]:
+    """The data of a run, made unless they are there; see [`prepare`]."""
+    max_length = int(settings.stage2.get("max_length", 2048))
+    return prepare(folder, settings.run, max_length, settings.reads_prose, settings.source_teaches)

@@ -2,10 +2,13 @@
 
 import importlib.metadata
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..evaluation.benchmarks import task_revisions
 from ..evaluation.contamination import OverlapReport
 from ..evaluation.cost import Cost, current_device, gpus_held
 from ..evaluation.plot import plot_comparison
@@ -22,12 +25,12 @@ from ..evaluation.tables import (
     share,
     task_table,
 )
-from ..provenance import Revisions, task_revisions
+from ..provenance import Revisions
 from .answering import GREEDY, HELD_OUT, SELECTION, read_answers
 from .folder import RunFolder, read_json, write_json, write_whole
 from .results import ArmResult, harness_check, read_revisions, sae_quality
 from .settings import RunArguments, RunSettings
-from .stages import TUNING
+from .stages import STAGE1, TUNING
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "sae-lens", "datasets", "accelerate")
 
@@ -48,14 +51,14 @@ def write_report(
     """
     saes = sae_quality(folder, settings)
     revisions = read_revisions(folder, settings, data)
-    costs = _costs(folder, settings, saes)
+    costs = read_costs(folder.roots, settings.run.price_per_gpu_hour)
     ratios = _rl_ratios(settings.run, results)
     compared = [result.compared for result in results]
     checks = harness_check(results, moved=settings.run.evaluate_on is not None)
     parts = [
         table(results),
         task_table(compared),
-        _chosen(settings, choosing),
+        on_choosing(settings, choosing),
         reading(compared),
         controls_table(compared),
         ratio_table(compared, settings.run.rl_arm or ""),
@@ -63,7 +66,7 @@ def write_report(
         _sae_lines(saes),
         planned["text"],
         "" if overlap is None else overlap.as_markdown(),
-        _cost_lines(costs),
+        cost_table(costs),
         _rl_lines(ratios),
     ]
     text = "\n\n".join(part for part in parts if part)
@@ -78,7 +81,7 @@ def write_report(
         "chosen_on": _chosen_on(settings) if choosing else None,
         "choice": choosing,
         "sae_quality": saes,
-        "arms": [_plain_result(result) for result in results],
+        "arms": [plain_result(result) for result in results],
         "harness_check": [{"arm": name, "expected": expected, "got": got} for name, expected, got in checks],
         "overlap": None if overlap is None else overlap.as_plain(),
         "costs": {name: cost.as_plain() for name, cost in costs.items()},
@@ -89,7 +92,7 @@ def write_report(
         "versions": versions(),
     }
     write_json(folder.root / "report.json", finite(content))
-    plot_comparison(compared, folder.root / "report.png", _subtitle(settings, results), _accuracy(settings))
+    plot_comparison(compared, folder.root / "report.png", _subtitle(settings, results), kind_of_accuracy(settings))
     return text
 
 
@@ -142,7 +145,8 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def _accuracy(settings: RunSettings) -> str:
+def kind_of_accuracy(settings: RunSettings) -> str:
+    """In words, for the axis of a picture."""
     return "accuracy on the tasks, macro-average" if settings.run.tasks else "held-out accuracy"
 
 
@@ -158,7 +162,8 @@ def _chosen_on(settings: RunSettings) -> str:
     return "the test set" if settings.run.choose_on_test else "selection questions"
 
 
-def _chosen(settings: RunSettings, choosing: dict[str, Any]) -> str:
+def on_choosing(settings: RunSettings, choosing: Collection[Any]) -> str:
+    """How learning rates and checkpoints were chosen; empty where there was nothing to choose."""
     if not choosing:
         return ""
     if settings.run.choose_on_test:
@@ -190,10 +195,14 @@ def _sae_lines(saes: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _costs(folder: RunFolder, settings: RunSettings, saes: dict[str, dict[str, Any]]) -> dict[str, Cost]:
-    """What the parts of the run took: all arms and seeds, and what was tried to choose among."""
-    tunings = [read_json(path) for path in folder.root.glob(f"arms/**/{TUNING}")]
-    places = {path.parent.parent for path in folder.root.glob("arms/**/answers/*")}
+def read_costs(roots: Iterable[Path], price: float | None) -> dict[str, Cost]:
+    """What the parts of a run took, told by the files in its folders: all arms and seeds, and what was tried to choose
+    among.
+    """
+    folders = list(roots)
+    saes = [read_json(path) for root in folders for path in root.glob(f"sae/*/*/{STAGE1}")]
+    tunings = [read_json(path) for root in folders for path in root.glob(f"arms/**/{TUNING}")]
+    places = {path.parent.parent for root in folders for path in root.glob("arms/**/answers/*")}
     answers = [
         task
         for place in places
@@ -201,21 +210,21 @@ def _costs(folder: RunFolder, settings: RunSettings, saes: dict[str, dict[str, A
         for task in read_answers(place, split).values()
     ]
     parts = {
-        "Stage I": [(quality["seconds"], quality["tokens"]) for quality in saes.values()],
+        "Stage I": [(sae["seconds"], sae["tokens"]) for sae in saes],
         "Stage II": [(tuning["seconds"], tuning["tokens"]) for tuning in tunings],
         "evaluation": [(task["seconds"], int(task["lengths"].sum())) for task in answers],
     }
-    price = settings.run.price_per_gpu_hour
     return {
         name: Cost(sum(s for s, _ in spent), sum(t for _, t in spent), price_per_gpu_hour=price)
         for name, spent in parts.items()
     }
 
 
-def _cost_lines(costs: dict[str, Cost]) -> str:
+def cost_table(costs: dict[str, Cost], head: str = "all arms and seeds, and the choosing") -> str:
+    """The costs and their sum."""
     first, *rest = costs.values()
     rows = [[name, *cost.cells()] for name, cost in (costs | {"together": sum(rest, first)}).items()]
-    return markdown(["all arms and seeds, and the choosing", *Cost.HEAD], rows)
+    return markdown([head, *Cost.HEAD], rows)
 
 
 def _rl_ratios(run: RunArguments, results: list[ArmResult]) -> dict[str, dict[str, Any]]:
@@ -244,7 +253,8 @@ def _rl_lines(ratios: dict[str, dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
-def _plain_result(result: ArmResult) -> dict[str, Any]:
+def plain_result(result: ArmResult) -> dict[str, Any]:
+    """One line as JSON can hold it."""
     return plain(result.compared) | {
         "candidate": None if result.candidate is None else asdict(result.candidate),
         "greedy_accuracy": result.greedy,

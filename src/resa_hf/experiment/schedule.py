@@ -102,7 +102,7 @@ def workers(folder: RunFolder, settings: RunSettings) -> Iterator[Callable[[Sequ
     quiet = replace(settings, stage1=_quiet(settings.stage1), stage2=_quiet(settings.stage2))
     threads = max(1, (os.cpu_count() or 1) // processes)
     # spawn: a forked child would inherit torch's thread pools in an undefined state.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (threads,))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (threads,))
     try:
         yield lambda jobs, title: _run_in(pool, jobs, title, folder, quiet)
     finally:
@@ -112,7 +112,7 @@ def workers(folder: RunFolder, settings: RunSettings) -> Iterator[Callable[[Sequ
 def _run_here(jobs: Sequence[Job], title: str, folder: RunFolder, settings: RunSettings) -> None:
     for number, job in enumerate(jobs, start=1):
         print(f"[{title} {number}/{len(jobs)}] {job.title}", flush=True)
-        with _naming(job):
+        with naming(job):
             job.run(folder, settings)
 
 
@@ -121,7 +121,7 @@ def _run_in(
 ) -> None:
     futures = {pool.submit(_run_quietly, job, folder, settings): job for job in jobs}
     for future in tqdm(as_completed(futures), title, total=len(jobs), unit="job", disable=not jobs):
-        with _naming(futures[future]):
+        with naming(futures[future]):
             future.result()
 
 
@@ -130,14 +130,16 @@ def _quiet(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _naming(job: Job) -> Iterator[None]:
+def naming(job: Job) -> Iterator[None]:
+    """Raises what fails in the block as a `JobError` that names the job."""
     try:
         yield
     except Exception as error:
         raise JobError(f"{job.title}: {error}") from error
 
 
-def _start_worker(threads: int) -> None:
+def start_worker(threads: int) -> None:
+    """Settles a new process of a pool: its share of the cores, and no noise of the libraries."""
     import datasets
     import torch
 

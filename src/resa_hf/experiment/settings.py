@@ -26,7 +26,8 @@ class RunArguments(ModelArguments, SourceArguments, LoraArguments, DataArguments
         selection (`int`, *optional*, defaults to `0`):
             Further questions kept out of training, on which learning rate and checkpoint are chosen.
         sae (`str`, *optional*):
-            A pretrained SAE to use as it is: Hub repo or folder. `None`: Stage I trains one.
+            A pretrained SAE to use as it is: Hub repo, also as `owner/name@revision/sub/folder`, or a folder.
+            `None`: Stage I trains one.
         sae_id (`str`, *optional*), sae_revision (`str`, *optional*):
             Which one, and its revision.
         seeds (`list[int]`, *optional*, defaults to `[0]`):
@@ -39,6 +40,7 @@ class RunArguments(ModelArguments, SourceArguments, LoraArguments, DataArguments
             Choose on the very questions that the verdict is on, as the paper does. The report then says so.
         evaluate_on (`str`, *optional*), evaluate_on_revision (`str`, *optional*):
             A sibling of the target onto which the adapters are moved to answer; it is then the base of the verdict.
+            Named as the target is.
         tasks (`list[str]`, *optional*):
             Benchmarks for the verdict, their macro-average first: `resa:aime24`, `resa` for all, or files of problems
             and answers. `None`: the held-out questions. Needs the extra `eval`.
@@ -143,6 +145,16 @@ class RunSettings:
     def sae_source(self, wanted: str) -> str:
         """Without another source the source is the base: one SAE serves both."""
         return wanted if self.run.has_source else wanted.replace("base", "source")
+
+    @property
+    def reads_prose(self) -> bool:
+        """Whether the SAE of some control is trained on plain text."""
+        return any(source.endswith("-prose") for source in self.sae_sources)
+
+    @property
+    def source_teaches(self) -> bool:
+        """Whether the source is some arm's teacher."""
+        return any({**self.stage2, **arm.tuning}.get("kl_reference") == "source" for arm in self.arms)
 
     @property
     def chosen_on(self) -> str:

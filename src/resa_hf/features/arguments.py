@@ -102,7 +102,7 @@ class FeatureArguments(ModelArguments, DataArguments):
             raise ValueError("cues is empty: name at least one token, such as <think>.")
         if self.other_saes is not None and not self.has_other:
             raise ValueError("other_saes needs other_model or other_adapter: the model that they are read on.")
-        bounds = {"passages": 2, "tested": 1, "nulls": 2, "answer_nulls": 2, "examples": 0, "max_length": 2}
+        bounds = {"passages": 2, "tested": 1, "nulls": 2, "answer_nulls": 2, "examples": 1, "max_length": 2}
         for name, low in ({"problems": 0, "components": 1} | bounds).items():
             value = getattr(self, name)
             if value is not None and value < low:

@@ -143,9 +143,11 @@ def _choices(prompt: CuedPrompt, draws: int, rng: np.random.Generator) -> tuple[
 def _distinct(near: Sequence[Sequence[Run]], most: int, rng: np.random.Generator) -> list[list[Run]]:
     """One run for each cue, no token in two of them, no set of runs twice; of at most so many drawn."""
     sizes = [len(runs) for runs in near]
+    number = prod(sizes)  # of many cues more than an int64 holds
+    few = (np.unravel_index(index, sizes) for index in rng.permutation(min(number, most)))
     chosen: dict[frozenset[Run], list[Run]] = {}
-    for index in rng.choice(prod(sizes), min(prod(sizes), most), replace=False):
-        picked = [runs[one] for runs, one in zip(near, np.unravel_index(index, sizes), strict=True)]
+    for indices in few if number <= most else rng.integers(sizes, size=(most, len(sizes))):
+        picked = [runs[one] for runs, one in zip(near, indices, strict=True)]
         if len({token for run in picked for token in run}) == sum(len(set(run)) for run in picked):
             chosen.setdefault(frozenset(picked), picked)
     return list(chosen.values())
