@@ -5,6 +5,7 @@ from typing import Any
 
 from ..evaluation.tables import markdown
 from ..features.arguments import FeatureArguments
+from ..features.matching import MOST_LATENTS
 from ..features.mixture import layer_entropy
 
 Part = dict[str, Any]
@@ -110,7 +111,7 @@ def _by_attribution(args: FeatureArguments, found: Part) -> bool:
 
 
 def _layers_intro(args: FeatureArguments, found: Part) -> str:
-    where = "each occurrence" if args.every_occurrence else "one occurrence"
+    where = "each occurrence" if args.every_occurrence else "at least one occurrence"
     gap = found["layers"][0]["frequency_gap"]
     near = f" (their frequencies differ from the cues' by up to {gap})" if gap else ""
     return (
@@ -250,7 +251,8 @@ def _matching(part: Part) -> list[str]:
     ]
     if "decoder" in part:
         lines += [
-            f"Latents of the SAE paired with those of the other model's own. By decoder: "
+            f"Latents of the SAE that fire, the most frequent {MOST_LATENTS:,} at most, paired with those of the "
+            "other model's own. By decoder: "
             f"{_survive(part['decoder'], 'pairs are alike')}. By activation: "
             f"{_survive(part['activation'], 'pairs are alike')}.",
         ]
