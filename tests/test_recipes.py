@@ -9,6 +9,7 @@ from resa_hf.arguments import DataArguments, LoraArguments, ModelArguments, Sour
 from resa_hf.commands.grid import parse_sweep
 from resa_hf.commands.recipe import parse_flat, parse_run, recipe_path
 from resa_hf.evaluation.arguments import EvaluateArguments
+from resa_hf.features.arguments import FeatureArguments
 from resa_hf.sae.config import SAETrainingConfig
 from resa_hf.tuning.config import SAETuningConfig
 
@@ -24,7 +25,7 @@ def parse(path, *flags):
         return parse_run(["--config", str(path), *own, *flags], "test", "")
     if kind == "sweep":
         return parse_sweep(["--config", str(path), *flags], "test", "")
-    types = {"sae": STAGE1, "tune": STAGE2, "evaluate": (EvaluateArguments,)}[kind]
+    types = {"sae": STAGE1, "tune": STAGE2, "evaluate": (EvaluateArguments,), "features": (FeatureArguments,)}[kind]
     return parse_flat(types, ["--config", str(path), *flags], "test", "")[0]
 
 
@@ -64,7 +65,7 @@ def test_every_key_of_a_recipe_counts(path, tmp_path):
 
 def test_every_kind_of_recipe_is_there():
     kinds = {path.parent.name for path in RECIPES.glob("*/*/*.yaml")}
-    assert kinds == {"sae", "tune", "run", "compare", "evaluate", "sweep"}
+    assert kinds == {"sae", "tune", "run", "compare", "evaluate", "sweep", "features"}
     assert all((folder / "README.md").is_file() for folder in RECIPES.iterdir() if folder.is_dir())
     assert recipe_path("tiny-reasoner/run/demo.yaml").is_file()
     assert recipe_path("tiny-reasoner/run/demo_full.yaml").is_file()
@@ -140,6 +141,8 @@ def test_arms_hold_values_of_their_types_and_only_what_differs(tmp_path):
     [
         ("stage2: {sae_gradient: flows}", "sae_gradient is 'flows'; it must be one of flow, stop"),
         ("stage2: {sae_gradients: flow}", "stage2 has unknown keys: sae_gradients"),
+        ("margin: null", "sets margin to null"),
+        ("stage2: {learning_rate: 1.0e-4, max_grad_norm: }", "stage2 sets max_grad_norm to null"),
         ("stage2: {seed: 4}", "seed cannot be set in stage2"),
         ("stage2: {push_to_hub: true}", "push_to_hub cannot be set in stage2: a run is published .* `resa-hf publish"),
         (

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -145,6 +145,10 @@ def _take_sections(argv: list[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _set_defaults(parser: TrlParser, recipe: Mapping[str, Any], where: str) -> None:
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+    nulls = [name for name, value in recipe.items() if value is None and name in hints]
+    if empty := [name for name in nulls if type(None) not in get_args(hints[name])]:
+        raise ValueError(f"{where} sets {', '.join(empty)} to null: give a value, or leave it out.")
     unknown = parser.set_defaults_with_config(**recipe)[::2]
     if unknown:
         raise ValueError(f"{where} has unknown keys: {', '.join(word.removeprefix('--') for word in unknown)}.")
