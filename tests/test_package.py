@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "resa_hf"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Distributions whose module has another name.
-MODULES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+MODULES = {"pyyaml": "yaml", "markdown-it-py": "markdown_it", "huggingface-hub": "huggingface_hub"}
 
 
 # Other people's code relies on these.
