@@ -180,11 +180,23 @@ def test_attribution_ranks_latents_of_the_tiny_reasoner_as_ablation_does(
                 logits = tiny_base(input_ids=tokens, attention_mask=mask).logits
             real.append(float(clean - log_likelihood(logits)))
     correlation = spearmanr(attributed[live], real).statistic
-    record_property("rank correlation", correlation)
+    record_property("rank correlation", float(correlation))  # xdist sends plain numbers only
     integrated = attribute(tiny_base, "layers.2", sae, tokens, log_likelihood, attention_mask=mask, steps=16)
-    record_property("rank correlation of integrated gradients", spearmanr(integrated[live], real).statistic)
+    record_property("rank correlation of integrated gradients", float(spearmanr(integrated[live], real).statistic))
     assert len(live) > 40
     assert correlation > 0.7
+
+
+def test_of_an_sae_in_bf16_attributions_are_summed_in_float32(make_model: ModelFactory) -> None:
+    model, sae, tokens = make_model("qwen2").float(), make_sae().bfloat16(), ids(8, 100)
+    found = attribute(model, "layers.1", sae, tokens, metric)
+    with capture(model, ["layers.1"]) as hooked:
+        gradient = torch.autograd.grad(metric(model(input_ids=tokens).logits), hooked["layers.1"])[0]
+    z = sae.encode(hooked["layers.1"].detach().flatten(0, 1)).double()
+    expected = (z * (gradient.flatten(0, 1).double() @ sae.W_dec.double().T)).sum(0).detach()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=1e-7, rtol=1e-4)
+    assert (expected.abs() > 1e-5).sum() > 10
 
 
 def test_mistakes_are_named(make_model: ModelFactory) -> None:

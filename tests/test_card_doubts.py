@@ -36,6 +36,12 @@ def test_a_verdict_on_answers_that_were_cut_is_doubted_first(tmp_path, share):
     assert doubted == (card.data.eval_results is None) == (share > 0.5)
 
 
+@pytest.mark.parametrize("points", [None, 1, 26])
+def test_a_run_of_a_sweep_says_among_how_many_it_may_have_been_chosen(tmp_path, points):
+    report = run_report(tmp_path, {"mine": 0.8}) | {"sweep_points": points}
+    assert ("One of 26 runs of a sweep" in card_of(record_of(report, "mine")).text) == (points == 26)
+
+
 @pytest.mark.parametrize("name", ["/home/me/own", "own", "tiny-reasoner", "resa_hf/tiny/base", "resa_hf/tiny"])
 def test_what_is_not_on_the_hub_is_no_link_and_not_in_the_metadata(tmp_path, name):
     here = {"name": name, "commit": None}

@@ -1,7 +1,9 @@
 """Both controls of the count of reasoning features, against plain loops over dense latents."""
 
 import copy
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,13 @@ from features_by_hand import PROMPT, brute_force, dense, fires_at_cues, hidden, 
 from torch import nn
 
 from resa_hf.errors import DataError
+from resa_hf.features import cue_controls
 from resa_hf.features.cue_controls import CountControl, prose_control, prose_passages, same_frequency_counts
 from resa_hf.features.reading import Active
 from resa_hf.features.reasoning import CuedPrompt, LayerLatents, cued_prompt, reasoning_latents
 from resa_hf.prose import load_prose
 from resa_hf.sae.autoencoder import TopKSAE
+from resa_hf.sae.source import ActivationSource
 
 # Besides the cues, 7 characters occur twice: 21 pairs.
 TWICE = "abcdefg <think></think> gfedcba <think></think> 12"
@@ -29,7 +33,7 @@ def model(make_model: ModelFactory) -> nn.Module:
 
 
 def control(count: int, counts: list[int]) -> CountControl:
-    low, high = np.percentile(counts, [2.5, 97.5])
+    low, high = (sorted(counts)[round(share * (len(counts) - 1))] for share in (0.025, 0.975))
     as_many = sum(other >= count for other in counts)
     p_value = pytest.approx((1 + as_many) / (1 + len(counts)))
     return CountControl(count, pytest.approx(np.mean(counts)), low, high, p_value, len(counts))
@@ -114,6 +118,28 @@ def test_of_many_cues_not_all_choices_are_counted() -> None:
     assert measured.frequency_gap == 0 and measured.total == control(0, [0] * 30)
 
 
+def test_a_range_of_counts_has_counts_for_ends() -> None:
+    ids = torch.arange(40)
+    prompt = CuedPrompt(tuple(ids.tolist()), tuple(map(str, ids)), (((0,),),))
+    times = [0] * 25 + [1] * 12 + [7, 26]  # latents at each token but the cue, and at no other
+    active = Active(torch.zeros(40, 26), torch.zeros(40, 26, dtype=torch.long))
+    for token, often in enumerate(times, start=1):
+        active.values[token, :often] = 1
+        active.indices[token, :often] = sum(times[: token - 1]) + torch.arange(often)
+    total = same_frequency_counts([LayerLatents("layers.0", 0, (), sum(times), active)], prompt).total
+    assert (total.low, total.high, total.controls) == (0, 7, 39)
+
+
+def test_the_bos_stands_in_for_no_cue(tiny_tokenizer: Any) -> None:
+    tokenizer = bos_tokenizer(tiny_tokenizer)
+    prompt = cued_prompt(tokenizer, "<eos><think> ab", ["<think>"])
+    assert prompt.input_ids[0] == tokenizer.bos_token_id
+    # A latent for each token, that of the BOS among them: three others may stand in, each of which has one.
+    ids = torch.arange(5)
+    found = [LayerLatents("layers.0", 0, (1,), 5, Active(torch.ones(5, 1), ids[:, None]))]
+    assert same_frequency_counts(found, prompt).total == control(1, [1, 1, 1])
+
+
 def test_prose_keeps_the_cues_and_the_bos_where_they_are(tiny_tokenizer: Any) -> None:
     texts = load_prose()["text"][:400]
     prompt = cued_prompt(tiny_tokenizer, "<eos>ab = <think> = cd </think> ef", ["=", "</think>"])
@@ -166,6 +192,33 @@ def test_prose_control_equals_brute_force(model: nn.Module, tiny_tokenizer: Any,
         assert measured.cue_token_latents[index] == above
         assert sorted({*measured.context_latents[index], *above}) == list(one.latents)
     assert any(measured.context_latents) and any(map(any, measured.shares))
+
+
+def test_prose_is_read_in_parts(model: nn.Module, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = cued_prompt(tiny_tokenizer, PROMPT)
+    passages = prose_passages(prompt, tiny_tokenizer, load_prose()["text"], count=19)
+    states = hidden(model, prompt.input_ids)
+    loaders = {
+        name: (lambda x=x: make_sae("standard", x, prompt.spans)) for name, x in zip(HOOKPOINTS, states, strict=True)
+    }
+    found = reasoning_latents(model, loaders, prompt)
+    held: list[weakref.ref[torch.Tensor]] = []
+    peaks: list[int] = []
+    read = ActivationSource.__call__
+
+    def watched(*args: Any) -> Any:
+        batch = read(*args)
+        held.extend(weakref.ref(x) for x in batch.activations.values())
+        gc.collect()
+        peaks.append(sum(len(x) for reference in held if (x := reference()) is not None))
+        return batch
+
+    monkeypatch.setattr(ActivationSource, "__call__", watched)
+    in_parts = prose_control(model, loaders, found, prompt, passages)
+    assert max(peaks) <= 2 * 8 * len(prompt.input_ids)  # those of a part, and of the one before it
+    monkeypatch.setattr(cue_controls, "_AT_ONCE", 19)
+    assert prose_control(model, loaders, found, prompt, passages) == in_parts
+    assert max(peaks) >= 19 * len(prompt.input_ids) and any(map(any, in_parts.shares))
 
 
 def test_a_latent_that_reads_the_cue_tokens_alone_is_told_from_one_that_reads_the_prompt(

@@ -108,8 +108,8 @@ def test_a_single_latent_gets_its_nearest_neighbours() -> None:
     nearest = np.argsort(apart)[1:21]  # without itself
     found = matched_latents(rates, norms, [typical], count=20, seed=0)
     assert set(found[:, 0].tolist()) == set(nearest.tolist())
-    close = int((apart <= np.log(1.1)).sum()) - 1
-    few = matched_latents(rates, norms, [typical], count=400, seed=0, within=1.1)
+    close = int((apart <= np.log(2)).sum()) - 1
+    few = matched_latents(rates, norms, [typical], count=400, seed=0)
     assert 1 < len(few) == close < 400
 
 

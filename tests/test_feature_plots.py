@@ -70,9 +70,7 @@ PICTURES = {
     "prompt of 999": lambda path, dark: prompt(path, 999, 99, dark, LONG),
     "one latent": lambda path, dark: prompt(path, 12, 1, dark),
     "no latent": lambda path, dark: prompt(path, 12, 0, dark),
-    "26 counts": lambda path, dark: counts(
-        path, LAYERS, COUNTS, dark, curve(4.9, 14.5, 22.7), control=CONTROL, paper=COUNTS
-    ),
+    "26 counts": lambda path, dark: counts(path, LAYERS, COUNTS, dark, curve(4.9, 14.5, 22.7), control=CONTROL),
     "4 counts": lambda path, dark: counts(path, [0, 1, 2, 3], [0, 3, 1, 0], dark, curve(1.0)),
     "60 counts": lambda path, dark: counts(path, range(60), [12345] * 60, dark, curve(*range(5, 35, 5))),
     "counts of 0": lambda path, dark: counts(path, [0, 1, 2, 3], [0] * 4, dark),
@@ -163,23 +161,20 @@ def ends(artist):
 
 def test_counts_are_bars_dots_a_mixture_and_a_control(tmp_path):
     mixture = curve(4.9, 14.5, 22.7)
-    low, high, paper = np.arange(26) / 20, 2 + np.arange(26) / 20, COUNTS[::-1]
-    figure = counts(
-        tmp_path / "a.png", LAYERS, COUNTS, False, mixture, control=((low + high) / 2, low, high), paper=paper
-    )
+    low, high = np.arange(26) / 20, 2 + np.arange(26) / 20
+    figure = counts(tmp_path / "a.png", LAYERS, COUNTS, False, mixture, control=((low + high) / 2, low, high))
     (axes,) = figure.axes
     np.testing.assert_array_equal(labelled(axes, "reasoning").get_offsets(), np.c_[LAYERS, COUNTS])
     bars, whiskers = (one for one in axes.collections if hasattr(one, "get_segments"))
     np.testing.assert_array_equal(ends(bars)[:, :, 1], np.c_[np.zeros(26), COUNTS])
     np.testing.assert_array_equal(ends(whiskers)[:, :, 1], np.c_[low, high])
     np.testing.assert_allclose(labelled(axes, "control").get_offsets()[:, 1], (low + high) / 2)
-    np.testing.assert_array_equal(labelled(axes, "in the paper").get_offsets()[:, 1], paper)
     line = labelled(axes, "mixture of 3")
     assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(sum(COUNTS), rel=1e-3)
     label = line.get_label().replace("\n", " ")
     assert "4.9, 14.5, 22.7" in label and "33, 33, 33%" in label
-    shapes = [labelled(axes, name).get_paths()[0].vertices for name in ("reasoning", "control", "in the paper")]
-    assert len({shape.tobytes() for shape in shapes}) == 3
+    shapes = [labelled(axes, name).get_paths()[0].vertices for name in ("reasoning", "control")]
+    assert len({shape.tobytes() for shape in shapes}) == 2
     assert [tick.get_text() for tick in axes.get_xticklabels()] == [str(layer) for layer in LAYERS]
 
 

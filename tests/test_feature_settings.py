@@ -1,19 +1,26 @@
 """What `resa-hf features` finds wrong before any work is done, and that nothing is in the way of the next try."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from test_features import features, saes  # noqa: F401
 from transformers import Qwen2Tokenizer
 
-from resa_hf.errors import IncompatibleSAEError
-from resa_hf.experiment.feature_tests import matching_part, own_answers
-from resa_hf.experiment.features import find_saes, load_subject
-from resa_hf.experiment.features_text import _effects_intro, _verdict
+from resa_hf.errors import DataError, IncompatibleSAEError
+from resa_hf.experiment import feature_tests
+from resa_hf.experiment.feature_tests import OwnAnswers, _within, matching_part, own_answers
+from resa_hf.experiment.features import claim_folder, find_saes, load_subject, saes_digest
+from resa_hf.experiment.features_text import _effects_intro, _survive, _verdict
 from resa_hf.features.arguments import FeatureArguments
 from resa_hf.features.firings import read_firings
+from resa_hf.features.matching import match_activations
+from resa_hf.features.nulls import compare
 from resa_hf.models import load_causal_lm, load_tokenizer
 from resa_hf.sae.autoencoder import TopKSAE
-from resa_hf.sae.checkpoint import save_sae
+from resa_hf.sae.checkpoint import load_sae, save_sae
 
 SETTINGS = {"model_name_or_path": "resa_hf/tiny/source", "dataset": "tiny-reasoner", "held_out": 100, "saes": "mine"}
 
@@ -98,6 +105,74 @@ def test_saes_with_more_latents_than_can_be_paired_are_matched_by_those_that_fir
     assert sorted(part["decoder"]["first"]) == sorted(part["activation"]["first"])
 
 
+def test_activations_are_matched_on_so_many_tokens_at_most():
+    rows = [{"input_ids": list(range(length)), "prompt_length": 1} for length in (5, 3, 4)]
+    for most, lengths in ((4, [4]), (8, [5, 3]), (9, [5, 3, 1]), (99, [5, 3, 4])):
+        assert [row["input_ids"] for row in _within(rows, most)] == [list(range(length)) for length in lengths]
+
+
+def test_matching_reads_no_more_tokens_than_the_null_can_hold(saes, monkeypatch):  # noqa: F811
+    args = FeatureArguments(
+        **SETTINGS | {"saes": str(saes), "problems": 0, "limit": 40, "held_out": 6, "pack": False, "template": "chat"},
+        other_model="resa_hf/tiny/base", other_saes=str(saes), dtype="float32",
+    )  # fmt: skip
+    given = []
+
+    def match(*args, **kwargs):
+        given.append(sum(len(row["input_ids"]) for row in args[4]))
+        return match_activations(*args, **kwargs)
+
+    monkeypatch.setattr(feature_tests, "match_activations", match)
+    monkeypatch.setattr(feature_tests, "_MATCHED_TOKENS", 50)
+    subject = load_subject(args)
+    answers = own_answers(subject)
+    matching_part(subject, "layers.2", answers)
+    assert given == [50] and sum(len(row["input_ids"]) for row in answers.rows) > 50
+
+
+def test_other_saes_at_the_same_place_are_not_taken_for_those_that_were_read(saes, tmp_path):  # noqa: F811
+    mine, width = tmp_path / "mine", load_sae(saes / "early").d_in
+    shutil.copytree(saes, mine)
+    args = FeatureArguments(**SETTINGS | {"saes": str(mine), "output_dir": str(tmp_path / "out")})
+    claim_folder(args)
+    shutil.rmtree(mine)
+    shutil.copytree(saes, mine)
+    claim_folder(args)  # the same ones
+    weights, there = mine / "early" / "sae_weights.safetensors", (mine / "early" / "sae_weights.safetensors").stat()
+    save_sae(TopKSAE(width, 256, 40, hookpoint="layers.0", seed=9), mine / "early")
+    os.utime(weights, ns=(there.st_atime_ns, there.st_mtime_ns))
+    assert weights.stat().st_size == there.st_size
+    with pytest.raises(DataError, match=r"other settings \(files of saes\.early\)"):
+        claim_folder(args)
+    shutil.copytree(saes, mine, dirs_exist_ok=True)
+    claim_folder(args)
+    config = mine / "layers.2" / "cfg.json"
+    config.write_text(config.read_text().replace('"k": 40', '"k": 41'))
+    with pytest.raises(DataError, match=r"\(files of saes\.layers\.2\)"):
+        claim_folder(args)
+
+
+def test_of_saes_on_the_hub_the_commit_counts(saes, hub, monkeypatch):  # noqa: F811
+    first = hub.create_repo("me/saes", folder=saes)
+    assert saes_digest("me/saes") == {"commit": first}
+    load_sae("me/saes", "early")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert saes_digest("me/saes") == {"commit": first}
+    second = hub.commit("me/saes", {"early/cfg.json": (saes / "layers.2" / "cfg.json").read_bytes()})
+    assert saes_digest("me/saes") == {"commit": second} != {"commit": first} == saes_digest(f"me/saes@{first}")
+
+
+def test_of_few_answers_no_half_is_left_to_test_on():
+    rows = [{"input_ids": [number], "prompt_length": 1} for number in range(5)]
+    questions = [{"answer": str(number)} for number in range(5)]
+    chosen_on, tested_on = OwnAnswers(questions, [True, False, True, True, False], rows).halves()
+    assert chosen_on == OwnAnswers(questions[:2], [True, False], rows[:2])
+    assert tested_on == OwnAnswers(questions[2:], [True, True, False], rows[2:])
+    with pytest.raises(DataError, match="3 texts are too few"):
+        OwnAnswers([], [], rows[:3]).halves()
+
+
 def found_with(nulls, p_value, latents, all_of_layer, *, reasoning=True):
     null = {"mean": 0.01, "low": 0.0, "high": 0.02, "p_value": p_value, "n": nulls}
     edit = {
@@ -117,17 +192,46 @@ def found_with(nulls, p_value, latents, all_of_layer, *, reasoning=True):
         (19, 0.05, True, "**More than random latents do**"),
         (19, 0.1, True, "**Not distinguishable from random latents**"),
         (18, 1 / 19, True, "**Too few random latents to tell**"),
-        (99, 0.01, False, "**No test**, since the latents were chosen by their attribution on the same text."),
+        (99, 0.01, False, "**More than random latents do**"),
     ],
 )
 def test_the_verdict_claims_no_more_than_was_tested(nulls, p_value, reasoning, said):
-    args = FeatureArguments(**SETTINGS)
-    assert said in _verdict(args, found_with(nulls, p_value, [3, 4], [3, 4] * reasoning, reasoning=reasoning))
+    assert said in _verdict(found_with(nulls, p_value, [3, 4], [3, 4] * reasoning, reasoning=reasoning))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ((0.0, 0.0, 0.0), "layers.1 changes no answer from right to wrong or back; 19 random latents"),
+        ((0.0, -0.01, 0.01), "layers.1 changes accuracy by +0.0 points (95%: -1.0 to +1.0); 19 random"),
+    ],
+)
+def test_where_no_answer_changes_there_is_no_interval(line, said):
+    found = found_with(19, 1.0, [3], [3])
+    (edit,) = found["effects"]["edits"]
+    edit["accuracy"] = dict(zip(("estimate", "low", "high"), line, strict=True))
+    edit["nulls"]["accuracy"] = edit["nulls"]["kl"]
+    assert said in _verdict(found) and "change accuracy by +1.0 points" in _verdict(found)
+
+
+def test_a_null_whose_correlations_are_tied_tells_nothing():
+    rng = np.random.default_rng(0)
+    for tokens, tell in ((3, False), (400, True)):
+        # Pairs of latents that fire at one token of three are often at the same one: their correlation is 1.
+        fires = rng.random((2, 60, tokens)).argsort(axis=-1) < max(1, tokens // 20)
+        drawn = np.stack([
+            [np.corrcoef(one, other)[0, 1] for one, other in zip(fires[0], rng.permutation(fires[1]), strict=True)]
+            for _ in range(39)
+        ])  # fmt: skip
+        threshold, share, null_share = compare(drawn[0], drawn)
+        text = _survive({"threshold": threshold, "share": vars(share), "null_share": null_share}, "pairs are alike")
+        assert ("too few tokens to tell how many of the pairs are alike" in text) != tell
+        assert ("of the pairs are alike more than 95% of the null do" in text) == tell
 
 
 def test_one_latent_and_some_of_many_are_called_that():
     args = FeatureArguments(**SETTINGS)
     one, some = found_with(19, 1.0, [3], [3]), found_with(19, 1.0, [3, 4], [3, 4, 5])
-    assert "Ablating the tested reasoning latent of layers.1 moves" in _verdict(args, one)
-    assert "Ablating the 2 tested reasoning latents of layers.1 together moves" in _verdict(args, some)
+    assert "Ablating the tested reasoning latent of layers.1 moves" in _verdict(one)
+    assert "Ablating the 2 tested reasoning latents of layers.1 together moves" in _verdict(some)
     assert "the first 2 of 3: 3, 4." in _effects_intro(args, some) and "the first" not in _effects_intro(args, one)

@@ -12,8 +12,11 @@ from test_readme import ROOT
 from resa_hf.cli import main
 from resa_hf.commands.recipe import parse_flat, read_yaml
 from resa_hf.experiment import features_report
-from resa_hf.experiment.feature_tests import _same_start
+from resa_hf.experiment.feature_tests import _same_start, own_answers
+from resa_hf.experiment.features import load_subject
 from resa_hf.features.arguments import FeatureArguments
+from resa_hf.features.causal import ablate, amplify, edited
+from resa_hf.features.effects import next_token_kl
 from resa_hf.hookpoints import capture
 from resa_hf.models import load_causal_lm, load_tokenizer
 from resa_hf.sae.autoencoder import TopKSAE
@@ -55,7 +58,7 @@ def by_hand(saes, name, hookpoint):
     active = dense(load_sae(saes / name), hooked[hookpoint][0]) > 0
     words = [tokenizer.decode([token]) for token in ids]
     found = []
-    for latent in range(256):
+    for latent in range(active.shape[1]):
         at = {words[i] if words[i] in ("<think>", "</think>") else "" for i in range(len(ids)) if active[i, latent]}
         if at == {"<think>", "</think>"}:
             found.append(latent)
@@ -102,7 +105,7 @@ def test_the_whole_way_and_a_rerun_that_does_only_what_is_missing(saes, tmp_path
     again = json.loads((out / "report.json").read_text())
     assert again == report
     assert features(saes, out, "--seed", "1") == 2
-    assert "other settings (settings.other_model" in capsys.readouterr().err
+    assert re.search(r"other settings \(.*settings\.other_model, .*settings\.seed\)", capsys.readouterr().err)
 
 
 def assert_stands_alone(page):
@@ -129,6 +132,45 @@ def test_without_problems_and_with_latents_of_ones_own(saes, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "The SAE of layers.2" in printed and "the latents that the settings name: 3, 9." in printed
     assert "held-out text" in printed
+
+
+@pytest.mark.slow
+def test_latents_that_attribution_chooses_are_tested_on_the_other_half(tmp_path, capsys):
+    out, folder = tmp_path / "out", tmp_path / "saes"
+    width = load_causal_lm("resa_hf/tiny/source").config.hidden_size
+    save_sae(TopKSAE(width, 64, 4, hookpoint="layers.1"), folder / "layers.1")
+    assert by_hand(folder, "layers.1", "layers.1") == []
+    assert features(folder, out, "--problems", "7", "--tested", "1", "--max_new_tokens", "24") == 0
+    report = json.loads((out / "report.json").read_text())
+    args = FeatureArguments(**report["settings"])
+    subject = load_subject(args)
+    answers = own_answers(subject)
+    assert len(answers.rows) == 7 and report["attribution"]["answers"] in (sum(answers.right[:3]), 3)
+    sae, latents = subject.saes["layers.1"](), report["tested"]["latents"]
+    first, second = (
+        [row for row, right in zip(answers.rows[:3], answers.right, strict=False) if right] or answers.rows[:3],
+        answers.rows[3:],
+    )
+    drop = []
+    for row in first:
+        ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
+        for change in (amplify(1.0), ablate):
+            with torch.no_grad(), edited(subject.model, 1, sae, latents, change):
+                logits = subject.model(ids.to(subject.model.device)).logits[0].float().cpu()
+            drop.append(-torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum"))
+    (line,) = [line for line in report["attribution"]["checked"] if line["latent"] == latents[0]]
+    assert line["ablation"] == pytest.approx(float(sum(drop[::2]) - sum(drop[1::2])) / len(first), abs=1e-3)
+    ablated = next(edit for edit in report["effects"]["edits"] if edit["change"] == "ablate")
+    kl = next_token_kl(subject.model, "layers.1", sae, latents, ablate, second)
+    assert ablated["kl"]["estimate"] == pytest.approx(kl.mean(), rel=1e-4)
+    assert ablated["kl"]["estimate"] != pytest.approx(
+        next_token_kl(subject.model, "layers.1", sae, latents, ablate, answers.rows).mean(), rel=1e-4
+    )
+    assert ablated["accuracy"]["n"] == 4
+    text = (out / "report.md").read_text()
+    assert "largest attribution on the first half of the texts are tested, on the other half" in text
+    assert re.search(rf"^\| sae +\| {re.escape(str(folder))} +\|", text, re.MULTILINE)
+    assert re.search(r"^\| dataset +\| tiny-reasoner +\|", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

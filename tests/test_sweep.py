@@ -59,6 +59,9 @@ def test_what_points_share_is_made_once(swept):
     assert sorted(bases) == ["seed-0", "seed-1"] and len(list(swept.glob("**/data.json"))) == 1
     for hookpoint in HOOKPOINTS:
         point = swept / f"hookpoint-{hookpoint}"
+        assert report_in(point)["sweep_points"] == 3 == RunFolder.open(point).points
+        assert "one of 3 runs of a sweep" in (point / "report.md").read_text()
+        point = swept / f"hookpoint-{hookpoint}"
         assert {path.name for path in point.iterdir()} >= {"arms", "report.md", "report.json", "report.png"}
         assert not (point / "sae").exists() and not (point / "data").exists()
         assert load_sae(RunFolder.open(point).sae("source", 1), hookpoint).hookpoint == hookpoint
@@ -139,7 +142,11 @@ def test_a_rerun_makes_the_report_and_nothing_else(swept, capfd):
     other = recipe(swept, **LAYERS | {"margin": 0.05})
     assert main(["sweep", "--config", str(write(swept.parent / "other.yaml", other))]) == 2
     told = capfd.readouterr().err
-    assert "3 of 3 points failed" in told and "other settings (run.margin)" in told
+    assert "holds a run with other settings (run.margin)" in told
+    # They are refused before Stage I is trained for them.
+    stages = sorted(swept.glob("shared/*"))
+    assert main(["sweep", "--config", str(swept.parent / "layers.yaml"), "--stage1.k", "8"]) == 2
+    assert "other settings (stage1.k)" in capfd.readouterr().err and sorted(swept.glob("shared/*")) == stages
 
 
 @pytest.mark.slow
@@ -153,6 +160,41 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(tmp_path, capfd):
         assert list(report["failed"]) == ["checkpoints 5"]
         assert [point["values"] for point in report["points"]] == [{"checkpoints": [2]}]
     assert "**Failed:** checkpoints 5" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_data_that_fail_at_one_point_do_not_keep_the_base_from_the_others(tmp_path, capfd):
+    (tmp_path / "bad.jsonl").write_text('{"problem": "a"}\n')
+    grid = {"trigger_dataset": [str(tmp_path / "bad.jsonl"), "tiny-reasoner"]}
+    path = write(tmp_path / "triggers.yaml", recipe(tmp_path / "out", grid=grid))
+    assert main(["sweep", "--config", str(path)]) == 2
+    told = capfd.readouterr().err
+    assert "1 of 2 points failed" in told and "has no column 'answer'" in told
+    assert [point["values"]["trigger_dataset"] for point in report_in(tmp_path / "out")["points"]] == ["tiny-reasoner"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"grid": {"hookpoint": ["layers.1", "layers.9"]}},
+            "Unknown hookpoint 'layers.9'. Valid: layers.0 to layers.3",
+        ),
+        ({"grid": {"hookpoint": ["all"]}}, "Unknown hookpoint 'all'"),
+        ({"grid": {"hookpoint": [None]}}, "Unknown hookpoint None"),
+        ({"grid": {"hookpoint": [1]}}, "hookpoint is 1; the SAE that Stage I trains there is named 'layers.1'"),
+        ({"grid": {"hookpoint": ["model.layers.1"]}}, "Stage I trains there is named 'layers.1'"),
+        (
+            {"grid": {"hookpoint": ["layers.1"]}, "features": {"cues": ["abc"]}},
+            "features: The prompt has no tokens for",
+        ),
+    ],
+)
+def test_what_can_only_fail_fails_before_anything_is_done(tmp_path, capfd, changes, message):
+    path = write(tmp_path / "sweep.yaml", recipe(tmp_path / "out", **changes))
+    for flags in ([], ["--dry_run"]):
+        assert main(["sweep", "--config", str(path), *flags]) == 2
+        assert message in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -230,6 +272,7 @@ def test_launched_as_two_processes_they_share_the_points(swept, tmp_path):
 )
 def test_a_launched_process_takes_the_gpu_of_its_rank_and_forgets_the_others(visible, rank, gpu):
     launched = {"LOCAL_RANK": str(rank), "RANK": "9", "WORLD_SIZE": "16", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    launched |= {"OMPI_COMM_WORLD_SIZE": "16", "PMI_SIZE": "16"}
     launched |= {"ACCELERATE_MIXED_PRECISION": "bf16", "TORCHELASTIC_RUN_ID": "x", "PATH": "/bin", "HF_TOKEN": "t"}
     environment = launched | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     work_alone(environment)

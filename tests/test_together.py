@@ -100,6 +100,27 @@ def test_a_failure_is_written_down_and_takes_along_what_needs_it(tmp_path):
     assert work_through([Task("bad", lambda: None)], tmp_path, since) == {}
 
 
+def test_of_several_ways_to_one_thing_one_that_is_done_is_enough(tmp_path):
+    ran = []
+
+    def fail():
+        raise ValueError("no such file")
+
+    def task(name, *needs, run=None):
+        return Task(name, run or (lambda: ran.append((name, needs))), frozenset(needs))
+
+    tasks = [
+        task("data a", run=fail), task("base", "data a"), task("a", "data a", "base"),
+        task("data b"), task("base", "data b"), task("b", "data b", "base"),
+        task("data c"), task("base", "data c"), task("c", "data c", "base"),
+    ]  # fmt: skip
+    assert work_through(tasks, tmp_path, 0.0, pause=0.01) == dict.fromkeys(["data a", "a"], "no such file")
+    assert [needs for name, needs in ran if name == "base"] == [("data b",)]
+    assert {name for name, _ in ran} == {"data b", "base", "b", "data c", "c"}
+    # Without any that is done, what needs it fails.
+    assert set(work_through(tasks[:3], tmp_path / "other", 0.0, pause=0.01)) == {"data a", "base", "a"}
+
+
 def test_a_mistake_in_the_code_is_no_failure_of_the_task(tmp_path):
     def broken():
         raise TypeError("a bug")

@@ -105,6 +105,7 @@ def evidence_of_run(report: Mapping[str, Any], name: str, seed: int | None) -> E
         notes=[
             _protocol(line, tasks, sampling, run["seeds"], run["margin"]) + moved,
             *_choice(report, line),
+            *_of_sweep(report.get("sweep_points")),
             *_harness(report),
             *_training_time(line, seeds, seed),
         ],
@@ -242,6 +243,15 @@ def _choice(report: Mapping[str, Any], line: Mapping[str, Any]) -> list[str]:
         else f"{report['settings']['run']['selection']:,} other questions, with the first seed"
     )
     return [f"Learning rate {chosen['rate']:g}{step}: the best of {len(tried)} tried, on {on}."]
+
+
+def _of_sweep(points: int | None) -> list[str]:
+    if not points or points < 2:
+        return []
+    return [
+        f"One of {points:,} runs of a sweep, for which nothing here is corrected: the best of them is chosen by luck, "
+        "too."
+    ]
 
 
 def _wrong(report: Mapping[str, Any]) -> list[Mapping[str, str]]:

@@ -122,7 +122,7 @@ def check_same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokeniz
     )
     raise ValueError(
         f"The tokenizers differ: {token!r} is {left.get(token, 'missing')} in {one.name_or_path!r} and "
-        f"{right.get(token, 'missing')} in {other.name_or_path!r}. Teacher and student must share one vocabulary."
+        f"{right.get(token, 'missing')} in {other.name_or_path!r}: both models must share one vocabulary."
     )
 
 

@@ -61,6 +61,8 @@ def _checked_grid(grid: Any) -> dict[str, Any]:
         raise ValueError(f"grid must be a mapping of fields to lists of values, not {grid!r}.")
     if fixed := sorted(_RESERVED & grid.keys()):
         raise ValueError(f"grid cannot vary {', '.join(fixed)}. A section's field is named as `stage1.k` is.")
+    if odd := [field for field in grid if not isinstance(field, str)]:
+        raise ValueError(f"grid: {odd[0]!r} is no field.")
     for field, values in grid.items():
         if field == HOOKPOINT and values == "all":
             continue
@@ -81,10 +83,10 @@ def _at(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         section, _, key = ("stage2.sae_id" if field == HOOKPOINT else field).rpartition(".")
         if section and section not in SECTIONS:
             raise ValueError(f"grid: {field} is no field of the sections {', '.join(SECTIONS)}.")
-        if section:
-            changed[section] = {**(changed.get(section) or {}), key: value}
-        else:
+        if not section:
             changed[key] = value
+        elif isinstance(there := changed.get(section) or {}, dict):
+            changed[section] = there | {key: value}
     return changed
 
 

@@ -8,8 +8,9 @@ and `grid: {hookpoint: all}` one for each decoder layer, after one pass of Stage
 SAEs and the base's answers where nothing that these depend on differs.
 
 Start the same command as often as there are GPUs, by `accelerate launch --num_processes 8 -m resa_hf.cli sweep ...`,
-torchrun, or a job scheduler: the processes divide the points among them, and go on with what another one left when it
-was stopped. On a CPU, `--processes` does the same.
+torchrun, a job scheduler that gives each process its GPU, or in terminals, each with its own CUDA_VISIBLE_DEVICES: the
+processes divide the points among them, and go on with what another one left when it was stopped. On a CPU,
+`--processes` does the same.
 """
 
 import os
@@ -19,7 +20,8 @@ from collections.abc import MutableMapping, Sequence
 # What launchers tell a process of the others. The runs of a sweep are independent.
 _LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
 _LAUNCHED |= {"ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_LAUNCHED_BY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "TORCHELASTIC_")
+_BY_MPI = ("OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
+_LAUNCHED_BY = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "TORCHELASTIC_", *_BY_MPI)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,12 +29,14 @@ def main(argv: Sequence[str]) -> None:
     since = time.time()
     work_alone(os.environ)
     from ..experiment.sweep import run_points
+    from ..experiment.sweep_checks import check_sweep
     from ..experiment.sweep_report import report_once
     from .dry_run import describe_sweep, take_dry_run
     from .grid import parse_sweep
 
     rest, dry = take_dry_run(argv)
     sweep = parse_sweep(rest, "resa-hf sweep", __doc__ or "")
+    check_sweep(sweep)
     if dry:
         print(describe_sweep(sweep))
         return

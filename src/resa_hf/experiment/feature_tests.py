@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DataError, HookpointError
-from ..evaluation.engine import Outcomes, answer
+from ..evaluation.engine import answer
 from ..evaluation.in_process import TransformersEngine
 from ..features.attribution import attribute
 from ..features.causal import Change, ablate, amplify, edited, put
@@ -26,6 +27,8 @@ from .features import SAE, Part, Subject, excluded, find_saes
 
 # Answers whose log-likelihood is attributed, and latents of either kind that are ablated to check it.
 _ANSWERS, _CHECKED, _STEPS = 64, 10, 8
+# Tokens on which activations are matched; the null takes 800 MB for 4,096 latents of width 1,536.
+_MATCHED_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,41 @@ class OwnAnswers:
     """What the untouched model answered.
 
     Args:
-        outcomes ([`Outcomes`], *optional*): whether it is right; `None` where nothing was asked.
+        questions (`list[dict]`): the problems, with `prompt` and `answer`; empty where nothing was asked.
+        right (`list[bool]`): whether the first answer to each is right.
         rows (`list[dict]`): `input_ids` of each problem and its first answer, and `prompt_length`, where that begins.
     """
 
-    outcomes: Outcomes | None
+    questions: list[dict[str, str]]
+    right: list[bool]
     rows: list[dict[str, Any]]
+
+    def halves(self) -> tuple["OwnAnswers", "OwnAnswers"]:
+        """The first half, to choose latents on, and the other, to test them on.
+
+        Raises:
+            `DataError`: if there are too few for an interval on the second.
+        """
+        if len(self.rows) < 4:
+            raise DataError(
+                f"There are no reasoning latents to test, and {len(self.rows)} texts are too few to choose others on "
+                "one half and test them on the other: take 4 or more, or name test_latents."
+            )
+        middle = len(self.rows) // 2
+        first, second = (
+            OwnAnswers(self.questions[part], self.right[part], self.rows[part])
+            for part in (slice(middle), slice(middle, None))
+        )
+        return first, second
 
 
 def own_answers(subject: Subject) -> OwnAnswers:
     """Answers to the held-out problems, kept in answers.jsonl; without problems, held-out text."""
     args = subject.args
     if not args.problems:
-        return OwnAnswers(None, [{"input_ids": list(row["input_ids"]), "prompt_length": 1} for row in subject.rows])
-    prompts, golds = ([question[key] for question in subject.questions] for key in ("prompt", "answer"))
+        return OwnAnswers([], [], [{"input_ids": list(row["input_ids"]), "prompt_length": 1} for row in subject.rows])
+    questions = subject.questions
+    prompts, golds = ([question[key] for question in questions] for key in ("prompt", "answer"))
     store = subject.folder / "answers.jsonl"
     outcomes = answer(subject.model, subject.tokenizer, prompts, golds, args.sampling(), store=store)
     # They are in the store now, with their tokens.
@@ -56,7 +80,7 @@ def own_answers(subject: Subject) -> OwnAnswers:
     for prompt, (first, *_) in zip(prompts, completions, strict=True):
         ids = encode_prompt(prompt, subject.tokenizer)
         rows.append({"input_ids": [*ids, *first.tokens][: args.max_length], "prompt_length": len(ids)})
-    return OwnAnswers(outcomes, rows)
+    return OwnAnswers(questions, outcomes.correct[:, 0].tolist(), rows)
 
 
 def attribution_part(subject: Subject, hookpoint: str, answers: OwnAnswers, latents: Sequence[int]) -> Part:
@@ -98,9 +122,9 @@ def attribution_part(subject: Subject, hookpoint: str, answers: OwnAnswers, late
 
 def _right_ones(answers: OwnAnswers) -> list[dict[str, Any]]:
     """Answers that are right, if there are any."""
-    if answers.outcomes is None or not answers.outcomes.correct[:, 0].any():
+    if not any(answers.right):
         return answers.rows[:_ANSWERS]
-    return [row for row, right in zip(answers.rows, answers.outcomes.correct[:, 0], strict=True) if right][:_ANSWERS]
+    return [row for row, right in zip(answers.rows, answers.right, strict=True) if right][:_ANSWERS]
 
 
 def _log_likelihood(row: dict[str, Any]) -> Any:
@@ -145,7 +169,7 @@ def effects_part(subject: Subject, hookpoint: str, answers: OwnAnswers, latents:
     for chosen, name, change in tqdm(edits, "Editing latents", unit="edit"):
         together = chosen == heard
         try:
-            effect = _effect(subject, hookpoint, sae, chosen, change, rows, with_answers=together)
+            effect = _effect(subject, hookpoint, sae, chosen, change, rows, answers.questions if together else [])
         except DataError as error:  # nothing like them to compare with
             unlike.append(str(error))
             continue
@@ -165,10 +189,9 @@ def _effect(
     latents: list[int],
     change: Change,
     rows: list[dict[str, Any]],
-    *,
-    with_answers: bool,
+    questions: list[dict[str, str]],
 ) -> Effect:
-    args, questions = subject.args, subject.questions if with_answers else []
+    args = subject.args
     return measure_effect(
         subject.model,
         subject.tokenizer,
@@ -197,7 +220,11 @@ def _changes(means: NDArray[np.float64], factor: float) -> dict[str, Change]:
 
 
 def matching_part(subject: Subject, hookpoint: str, answers: OwnAnswers) -> Part:
-    """The SAE read on the second model, and its latents matched with those of the second's own SAE."""
+    """The SAE read on the second model, and its latents matched with those of the second's own SAE.
+
+    Activations are matched on the first 20,000 tokens at most: for each, the null holds 8 bytes a latent of the second
+    SAE and 4 a dimension ([`match_activations`]).
+    """
     args, sae = subject.args, subject.saes[hookpoint]()
     name = args.other_model or args.model_name_or_path
     other = load_causal_lm(name, args.other_adapter, revision=args.other_revision, dtype=args.dtype).eval()
@@ -212,7 +239,10 @@ def matching_part(subject: Subject, hookpoint: str, answers: OwnAnswers) -> Part
         others, pair = theirs[hookpoint](), (hookpoint, hookpoint)
         found["same_start"] = _same_start(sae, others)
         matched = match_activations(
-            subject.model, sae, other, others, rows, hookpoints=pair, excluded_token_ids=skipped, seed=args.seed
+            *(subject.model, sae, other, others, _within(rows, _MATCHED_TOKENS)),
+            hookpoints=pair,
+            excluded_token_ids=skipped,
+            seed=args.seed,
         )
         found["activation"] = asdict(matched)
         # The same latents: those that fire, and no more of them than can be paired.
@@ -220,6 +250,13 @@ def matching_part(subject: Subject, hookpoint: str, answers: OwnAnswers) -> Part
         decoder = match_decoders(sae, others, latents=latents, candidates=candidates, seed=args.seed)
         found["decoder"] = asdict(decoder)
     return found
+
+
+def _within(rows: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """The first rows, cut after so many tokens."""
+    starts = accumulate((len(row["input_ids"]) for row in rows[:-1]), initial=0)
+    both = zip(rows, starts, strict=True)
+    return [{"input_ids": row["input_ids"][: tokens - start]} for row, start in both if start < tokens]
 
 
 def _same_start(first: SAE, second: SAE) -> bool:

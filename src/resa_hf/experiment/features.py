@@ -1,5 +1,6 @@
 """From a model and its SAEs to what their latents are and do: the work of `resa-hf features`, part by part."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import hold_out
+from ..data import QAReport, hold_out
+from ..downloads import hub_errors
 from ..errors import DataError, HookpointError, IncompatibleSAEError
 from ..evaluation.tables import finite
 from ..features.arguments import FeatureArguments
@@ -23,10 +26,13 @@ from ..features.mixture import fit_mixture, suggested_layers
 from ..features.reasoning import CuedPrompt, cued_prompt, reasoning_latents
 from ..hookpoints import layer_index, resolve_hookpoint
 from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
+from ..places import parse_place
 from ..precision import runnable_device
 from ..prose import load_prose
+from ..provenance import commit_of
 from ..sae.autoencoder import SAELensSAE, TopKSAE
 from ..sae.checkpoint import list_saes, load_sae
+from ..sae.layouts import CONFIG_FILE, SAE_LENS_WEIGHTS, SPARSIFY_WEIGHTS
 from ..sae.quality import sae_quality
 from ..text import R1_PROMPT, encode_prompt, evaluation_prompt
 from .folder import claim, read_json, write_json
@@ -46,6 +52,7 @@ class Subject:
         saes (`dict[str, Callable]`): canonical hookpoint to what loads its SAE onto that device.
         prompt ([`CuedPrompt`]): the text in which reasoning latents are looked for.
         held_out (`datasets.Dataset`): the rows that Stage I did not read.
+        data ([`QAReport`]): what of the dataset was read.
     """
 
     args: FeatureArguments
@@ -54,6 +61,7 @@ class Subject:
     saes: Mapping[str, Callable[[], SAE]]
     prompt: CuedPrompt
     held_out: Any
+    data: QAReport
 
     @property
     def folder(self) -> Path:
@@ -91,7 +99,8 @@ def load_subject(args: FeatureArguments) -> Subject:
     if args.has_other:
         other = load_tokenizer(args.other_model or args.model_name_or_path, revision=args.other_revision)
         check_same_vocabulary(tokenizer, other, added=False)
-    held_out = hold_out(load_rows(args)[0], args.held_out, args.split_seed)[1]
+    rows, data = load_rows(args)
+    held_out = hold_out(rows, args.held_out, args.split_seed)[1]
     model = load_causal_lm(
         args.model_name_or_path, args.model_adapter, revision=args.model_revision, dtype=args.dtype
     ).eval()
@@ -108,7 +117,7 @@ def load_subject(args: FeatureArguments) -> Subject:
             )
     if args.test_hookpoint is not None and (name := resolve_hookpoint(model, args.test_hookpoint)) not in wanted:
         raise HookpointError(f"test_hookpoint is {name}, but SAEs are read at {', '.join(wanted)} only.")
-    subject = Subject(args, model, tokenizer, {name: saes[name] for name in wanted}, prompt, held_out)
+    subject = Subject(args, model, tokenizer, {name: saes[name] for name in wanted}, prompt, held_out, data)
     longest = max((len(encode_prompt(question["prompt"], tokenizer)) for question in subject.questions), default=0)
     if longest >= args.max_length:
         raise DataError(
@@ -119,8 +128,7 @@ def load_subject(args: FeatureArguments) -> Subject:
 
 def find_saes(model: PreTrainedModel, name: str) -> dict[str, Callable[[], SAE]]:
     """The SAEs at a place by their hookpoints, in the order of the layers; none is held in memory."""
-    # Checkpoints of a training run hold the same hookpoints.
-    ids = [sae_id for sae_id in list_saes(name) if not re.match(r"checkpoint-\d+/", sae_id)]
+    ids = _sae_ids(name)
     if not ids:
         raise IncompatibleSAEError(f"{name} holds no SAE.")
     saes: dict[str, Callable[[], SAE]] = {}
@@ -139,6 +147,11 @@ def find_saes(model: PreTrainedModel, name: str) -> dict[str, Callable[[], SAE]]
             raise DataError(f"{name} has several SAEs at {hookpoint}: name the folder of one of them.")
         saes[hookpoint] = partial(_load_at, model, hookpoint, load)
     return dict(sorted(saes.items(), key=lambda item: [int(w) if w.isdigit() else 0 for w in item[0].split(".")]))
+
+
+def _sae_ids(name: str) -> list[str]:
+    """The SAEs at a place; checkpoints of a training run hold the same hookpoints, and do not count."""
+    return [sae_id for sae_id in list_saes(name) if not re.match(r"checkpoint-\d+/", sae_id)]
 
 
 def _load_at(model: PreTrainedModel, hookpoint: str, load: Callable[[], SAE]) -> SAE:
@@ -265,7 +278,40 @@ def _as_list(array: np.ndarray) -> Any:
 
 
 def claim_folder(args: FeatureArguments) -> Path:
-    """The output folder, refused if it holds something that was made with other settings."""
+    """The output folder, refused if it holds something that was made with other settings, or with other SAEs."""
     root = Path(args.output_dir)
-    claim(root, {"settings": asdict(args)})
+    places = {"saes": args.saes} | ({} if args.other_saes is None else {"other_saes": args.other_saes})
+    claim(root, {"settings": asdict(args)} | {f"files of {name}": saes_digest(at) for name, at in places.items()})
     return root
+
+
+def saes_digest(name: str) -> dict[str, str]:
+    """What tells the SAEs at a place from others that lie there later.
+
+    Args:
+        name (`str`): a folder or Hub repository, as [`~resa_hf.sae.checkpoint.load_sae`] takes it.
+
+    Returns:
+        `dict[str, str]`: of a repository its `commit`; of a folder a hash for each SAE, of the whole of its cfg.json
+        and of up to 257 pieces of its weights: another training changes nearly all of them.
+    """
+    place = parse_place(name)
+    if place.is_folder:
+        return {sae_id: _files_digest(Path(place.name, sae_id)) for sae_id in _sae_ids(name)}
+    with hub_errors(place.name, place.revision, IncompatibleSAEError):
+        if constants.HF_HUB_OFFLINE:
+            return {"commit": str(commit_of(place.name, revision=place.revision))}
+        return {"commit": str(HfApi().model_info(place.name, revision=place.revision).sha)}
+
+
+def _files_digest(folder: Path) -> str:
+    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
+    for path in (folder / SAE_LENS_WEIGHTS, folder / SPARSIFY_WEIGHTS):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for start in range(0, size, max(1, size // 256)):
+                    file.seek(start)
+                    digest.update(file.read(4096))
+    return digest.hexdigest()[:16]

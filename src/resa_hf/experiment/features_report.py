@@ -7,7 +7,7 @@ from ..features.arguments import FeatureArguments
 from ..features.firings import check_latents
 from ..features.page import write_page
 from ..hookpoints import resolve_hookpoint
-from ..provenance import Revisions, base_revisions, model_revisions, sae_revision
+from ..provenance import Revisions, base_revisions, data_revisions, model_revisions, sae_revision
 from .feature_tests import attribution_part, effects_part, matching_part, own_answers
 from .features import (
     Part,
@@ -49,13 +49,16 @@ def run_features(args: FeatureArguments) -> str:
     named = reasoning[: args.tested] if args.test_latents is None else (
         check_latents(args.test_latents, layer["num_latents"]).tolist()
     )  # fmt: skip
-    found["attribution"] = part("attribution", lambda: attribution_part(subject, hookpoint, answers, named))
+    # Latents that attribution chooses are tested on other texts than those on which it does.
+    chosen_on, tested_on = (answers, answers) if named else answers.halves()
+    found["attribution"] = part("attribution", lambda: attribution_part(subject, hookpoint, chosen_on, named))
     latents = named or found["attribution"]["largest"][: args.tested]
     found["tested"] = {"hookpoint": hookpoint, "latents": latents, "reasoning": bool(set(latents) <= set(reasoning))}
-    found["effects"] = part("effects", lambda: effects_part(subject, hookpoint, answers, latents))
+    found["effects"] = part("effects", lambda: effects_part(subject, hookpoint, tested_on, latents))
     found["examples"] = part("examples", lambda: examples_part(subject, hookpoint, latents))
     if args.has_other:
         found["matching"] = part("matching", lambda: matching_part(subject, hookpoint, answers))
+    found["revisions"] = _revisions(subject)
     cues = [place for cue in subject.prompt.spans for span in cue for place in span]
     text, pictures = features_text(args, found), draw_pictures(folder / "pictures", subject.prompt.tokens, cues, found)
     title = f"Where the reasoning sits in {args.model_name_or_path}"
@@ -64,7 +67,6 @@ def run_features(args: FeatureArguments) -> str:
         folder / "report.json",
         {
             "settings": asdict(args),
-            "revisions": _revisions(args),
             "prompt": {"tokens": subject.prompt.tokens, "cues": subject.prompt.spans},
             **found,
             "device": current_device(),
@@ -75,13 +77,15 @@ def run_features(args: FeatureArguments) -> str:
     return text
 
 
-def _revisions(args: FeatureArguments) -> Revisions:
-    """The models and SAEs."""
+def _revisions(subject: Subject) -> Revisions:
+    """The models, SAEs and the dataset."""
+    args, data = subject.args, subject.data
     found = base_revisions(args) | sae_revision("sae", args.saes, None)
     if args.has_other:
         name = args.other_model or args.model_name_or_path
         found |= model_revisions("other", name, args.other_revision, args.other_adapter)
-    return found | sae_revision("other_sae", args.other_saes, None)
+    read = {"dataset": args.dataset, "dataset_repo": data.repo, "dataset_commit": data.commit}
+    return found | sae_revision("other_sae", args.other_saes, None) | data_revisions(read)
 
 
 def _tested_hookpoint(subject: Subject, found: Part) -> str:

@@ -7,6 +7,7 @@ from ..evaluation.tables import markdown
 from ..features.arguments import FeatureArguments
 from ..features.matching import MOST_LATENTS
 from ..features.mixture import layer_entropy
+from ..provenance import Revisions
 
 Part = dict[str, Any]
 ALPHA = 0.05
@@ -36,6 +37,8 @@ def features_text(args: FeatureArguments, found: Part) -> str:
         *(_matching(found["matching"]) if "matching" in found else []),
         "## Top activating examples",
         *(_examples(one) for one in found["examples"]),
+        "## What was read",
+        _revisions_table(found["revisions"]),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -68,10 +71,10 @@ def _in_short(args: FeatureArguments, found: Part) -> list[str]:
         )
     if found["mixture"] is not None:
         lines.append(f"Suggested hookpoints: {', '.join(found['mixture']['suggested'])}.")
-    return [*lines, _verdict(args, found)]
+    return [*lines, _verdict(found)]
 
 
-def _verdict(args: FeatureArguments, found: Part) -> str:
+def _verdict(found: Part) -> str:
     """The one test that was set beforehand: all tested latents ablated together, by answers if there are any."""
     hookpoint, edits = found["tested"]["hookpoint"], found["effects"]["edits"]
     primary = next((edit for edit in edits if edit["change"] == "ablate" and edit["together"]), None)
@@ -82,32 +85,29 @@ def _verdict(args: FeatureArguments, found: Part) -> str:
     what = f"the tested {kind} of {hookpoint}" if count == 1 else f"the {count} tested {kind}s of {hookpoint} together"
     if primary["accuracy"] is None:
         measured, null = f"moves the next token by {_kl(primary['kl'])} nats of KL", primary["nulls"]["kl"]
-        like = f"{null['mean']:.3g} nats (95%: {null['low']:.3g} to {null['high']:.3g})"
+        changed, like = "it", f"{null['mean']:.3g} nats (95%: {null['low']:.3g} to {null['high']:.3g})"
     else:
         line, null = primary["accuracy"], primary["nulls"]["accuracy"]
         measured = (
-            f"changes accuracy by {100 * line['estimate']:+.1f} points (95%: {100 * line['low']:+.1f} to "
+            "changes no answer from right to wrong or back"
+            if line["low"] == line["high"] == 0
+            else f"changes accuracy by {100 * line['estimate']:+.1f} points (95%: {100 * line['low']:+.1f} to "
             f"{100 * line['high']:+.1f})"
         )
+        changed = "accuracy"
         like = f"{100 * null['mean']:+.1f} points (95%: {100 * null['low']:+.1f} to {100 * null['high']:+.1f})"
     alike = (
         f"{null['n']} " + ("" if count == 1 else f"sets of {count} ") + "random latents of like firing rate and norm"
     )
-    return f"Ablating {what} {measured}; {alike} change it by {like} on average. {_decided(args, found, null)}"
+    return f"Ablating {what} {measured}; {alike} change {changed} by {like} on average. {_decided(null)}"
 
 
-def _decided(args: FeatureArguments, found: Part, null: Part) -> str:
-    if _by_attribution(args, found):
-        return "**No test**, since the latents were chosen by their attribution on the same text."
+def _decided(null: Part) -> str:
     if 1 / (1 + null["n"]) > ALPHA:
         return f"**Too few random latents to tell** (p = {null['p_value']:.2g})."
     more = null["p_value"] <= ALPHA
     decided = "More than random latents do" if more else "Not distinguishable from random latents"
     return f"**{decided}** (p = {null['p_value']:.2g})."
-
-
-def _by_attribution(args: FeatureArguments, found: Part) -> bool:
-    return not found["tested"]["reasoning"] and not args.test_latents
 
 
 def _layers_intro(args: FeatureArguments, found: Part) -> str:
@@ -183,7 +183,10 @@ def _effects_intro(args: FeatureArguments, found: Part) -> str:
         first = f", the first {len(tested['latents'])} of {of_all}" if len(tested["latents"]) < of_all else ""
         kind = f"What is tested are its reasoning latents{first}"
     else:
-        kind = "It has no reasoning latents, so that those with the largest attribution on the same text are tested"
+        kind = (
+            "It has no reasoning latents, so that those with the largest attribution on the first half of the texts "
+            "are tested, on the other half"
+        )
     text = "problems with the model's own answers" if args.problems else "held-out text"
     lines = [
         f"The SAE of {tested['hookpoint']} is spliced in with its error term kept, so that nothing else changes. "
@@ -267,10 +270,23 @@ def _matching(part: Part) -> list[str]:
 
 def _survive(part: Part, what: str) -> str:
     share, (low, high) = part["share"], part["null_share"]
+    if high < ALPHA:  # of a null without ties 5% lie above its threshold
+        return (
+            f"too few tokens to tell how many of the {what}: so many similarities of the null are equal that "
+            f"{100 * high:.1f}% of a draw at most, and not 5%, are above the 95th percentile ({part['threshold']:.3g})"
+        )
     return (
         f"{100 * share['estimate']:.1f}% ({100 * share['low']:.1f} to {100 * share['high']:.1f}) of the {what} more "
         f"than 95% of the null do ({100 * low:.1f} to {100 * high:.1f}% in draws of the null)"
     )
+
+
+def _revisions_table(revisions: Revisions) -> str:
+    rows = [
+        [role, "/".join(filter(None, (one["name"], one.get("subfolder")))), one["commit"] or ""]
+        for role, one in revisions.items()
+    ]
+    return markdown(["what", "place", "commit"], rows)
 
 
 def _examples(one: Part) -> str:

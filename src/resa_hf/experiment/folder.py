@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,17 +26,20 @@ class RunFolder:
         root (`Path`): the output folder.
         stage1 (`Path`, *optional*): where data and SAEs lie. `None`: in `root`.
         base (`Path`, *optional*): where the untouched base's answers lie. `None`: in `root`.
+        points (`int`, *optional*): how many runs the sweep has that it is one of.
     """
 
     root: Path
     stage1: Path | None = None
     base: Path | None = None
+    points: int | None = None
 
     @classmethod
-    def in_sweep(cls, root: Path, stage1: str, base: str) -> "RunFolder":
+    def in_sweep(cls, root: Path, stage1: str, base: str, points: int | None = None) -> "RunFolder":
         """The folder of a sweep's run, which shares folders of these names."""
         # A name that somebody wrote must not lead out of the sweep.
-        return cls(root, *(root.parent / SHARED / Path(name).name for name in (stage1, base)))
+        shared = root.parent / SHARED
+        return cls(root, shared / Path(stage1).name, shared / Path(base).name, points)
 
     @classmethod
     def open(cls, root: Path) -> "RunFolder":
@@ -46,7 +50,8 @@ class RunFolder:
     def note_shared(self) -> None:
         """Writes down what it shares, as [`RunFolder.open`] reads it."""
         if self.stage1 is not None and self.base is not None:
-            write_json(self.root / _SHARED_NAMES, {"stage1": self.stage1.name, "base": self.base.name})
+            shared = {"stage1": self.stage1.name, "base": self.base.name, "points": self.points}
+            write_json(self.root / _SHARED_NAMES, shared)
 
     @property
     def roots(self) -> list[Path]:
@@ -81,7 +86,8 @@ class RunFolder:
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file that is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes on other machines, which may have the same id, write into one folder, too.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     with draft.open("w") as file:
         file.write(text)
         file.flush()
@@ -125,6 +131,12 @@ def claim(folder: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) ->
         `DataError`: if the folder holds something that was started with other settings, or cannot be written.
     """
     check_writable(folder)
+    check_settings(folder, settings, free)
+    write_json(folder / "settings.json", settings)
+
+
+def check_settings(folder: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    """Raises what `claim` does where the folder holds other settings, and writes nothing."""
     path = folder / "settings.json"
     wanted = _flat(settings)
     there = _flat(read_json(path)) if path.is_file() else wanted
@@ -137,7 +149,6 @@ def claim(folder: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) ->
             f"{folder} holds a run with other settings ({', '.join(sorted(different))}). "
             "Choose another --output_dir, or delete the folder."
         )
-    write_json(path, settings)
 
 
 def _flat(plain: dict[str, Any]) -> dict[str, Any]:

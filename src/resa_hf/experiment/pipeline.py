@@ -23,9 +23,7 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
         written.
         `JobError`: from a stage, naming the arm; what was finished is kept.
     """
-    # A mistake in Stage II's settings that showed after Stage I is to be mended without training the SAEs again.
-    no_arm_yet = not any(folder.root.glob("arms/**/*.json*"))
-    claim(folder.root, as_plain(settings), free=("stage2", "arms", "sampling") if no_arm_yet else ())
+    claim(folder.root, as_plain(settings), free=free_sections(folder))
     data = prepare_run(folder, settings)
     print(describe(data), flush=True)
     planned = plan(test_sizes(settings), len(settings.run.seeds))
@@ -43,6 +41,13 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
     results = collect(folder, settings, chosen)
     print("\n" + write_report(folder, settings, results, data, chosen_by, planned, overlap))
     return results
+
+
+def free_sections(folder: RunFolder) -> tuple[str, ...]:
+    """The sections that a run started again may set otherwise: a mistake in Stage II's settings that showed after
+    Stage I is to be mended without training the SAEs again.
+    """
+    return () if any(folder.root.glob("arms/**/*.json*")) else ("stage2", "arms", "sampling")
 
 
 def prepare_run(folder: RunFolder, settings: RunSettings) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def write_report(
         table(results),
         task_table(compared),
         on_choosing(settings, choosing),
+        _of_sweep(folder.points),
         reading(compared),
         controls_table(compared),
         ratio_table(compared, settings.run.rl_arm or ""),
@@ -74,6 +75,7 @@ def write_report(
     write_whole(folder.root / "report.md", f"{title}\n\n{text}\n\n{_closing(settings, data, revisions)}\n")
     content = {
         "settings": as_plain(settings),
+        "sweep_points": folder.points,
         "data": data,
         "revisions": revisions,
         "tasks": task_revisions(compared[0].tasks),
@@ -173,6 +175,15 @@ def on_choosing(settings: RunSettings, choosing: Collection[Any]) -> str:
         )
     return (
         f"Learning rates and checkpoints were chosen on {settings.run.selection} other questions, with the first seed."
+    )
+
+
+def _of_sweep(points: int | None) -> str:
+    if points is None or points < 2:
+        return ""
+    return (
+        f"This is one of {points} runs of a sweep. What follows is corrected for the arms of this run alone: the best "
+        f"of {points} is chosen by luck, too. The sweep's own report, one folder up, corrects for all."
     )
 
 

@@ -73,7 +73,7 @@ class Point:
     @property
     def is_by_hookpoint(self) -> bool:
         """Whether the SAE's hookpoint is all that the grid varies."""
-        return len(self.values) == 1 and not {HOOKPOINT, "sae_id", "stage2.sae_id"}.isdisjoint(self.values)
+        return set(self.values) == {HOOKPOINT}
 
     def same_run(self, other: "Point") -> bool:
         """Whether both would do the same."""
@@ -95,6 +95,15 @@ class FeatureSettings:
     prompt: str | None = None
     cues: list[str] | None = None
     components: int | None = None
+
+    def __post_init__(self) -> None:
+        cues = self.cues or []
+        if not isinstance(self.prompt or "", str):
+            raise ValueError(f"features: prompt is {self.prompt!r}; it must be text.")
+        if not isinstance(cues, list) or not all(isinstance(cue, str) for cue in cues):
+            raise ValueError(f"features: cues is {self.cues!r}; it must be a list of words.")
+        if self.components is not None and (not isinstance(self.components, int) or self.components < 1):
+            raise ValueError(f"features: components is {self.components!r}; it must be a number from 1 on.")
 
 
 @dataclass(frozen=True)
@@ -162,10 +171,12 @@ def _without(settings: RunSettings, free: set[str]) -> dict[str, Any]:
 
 def sweep_tasks(points: Sequence[Point]) -> list[Task]:
     """The work in the order of the points: what some share, once, before the first of them."""
-    tasks: dict[str, Task] = {}
+    tasks: dict[tuple[str, frozenset[str]], Task] = {}
 
     def add(name: str, run: partial[None], needs: set[str]) -> str:
-        tasks.setdefault(name, Task(name, partial(_told, name, run), frozenset(needs)))
+        # The base's answers come from the data of any of its points: what fails for one must not fail the others.
+        key = name, frozenset(needs)
+        tasks.setdefault(key, Task(name, partial(_told, name, run), key[1]))
         return name
 
     for point in points:
@@ -177,7 +188,7 @@ def sweep_tasks(points: Sequence[Point]) -> list[Task]:
         for seed in point.settings.run.seeds:
             answers = partial(_answer_as_base, point, seed)
             shared.add(add(f"{point.base}-seed-{seed}", answers, data))
-        add(point.root.name, partial(_run_point, point), shared)
+        add(point.root.name, partial(_run_point, point, len(points)), shared)
     return list(tasks.values())
 
 
@@ -209,14 +220,15 @@ def _claim_base(point: Point) -> None:
     claim(point.shared / point.base, _base_settings(point.settings) | {"data": data})
 
 
-def _run_point(point: Point) -> None:
+def _run_point(point: Point, points: int) -> None:
     _claim_base(point)
     if (point.root / _LAST).is_file():
         # Other settings than what is there was made with are refused, also where nothing is left to do.
         claim(point.root, as_plain(point.settings))
         return
-    point.folder.note_shared()
-    run_experiment(point.folder, point.settings)
+    folder = replace(point.folder, points=points)
+    folder.note_shared()
+    run_experiment(folder, point.settings)
 
 
 def run_points(sweep: Sweep, since: float) -> dict[str, str]:

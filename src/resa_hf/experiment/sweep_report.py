@@ -71,7 +71,7 @@ def write_sweep_report(sweep: Sweep, failed: Mapping[str, str]) -> str:
     title = f"# Sweep: {run.model_name_or_path} on {run.dataset}"
     write_whole(sweep.root / "report.md", f"{title}\n\n{shown_pictures}{text}\n")
     write_json(sweep.root / "report.json", finite({
-        "grid": {field: [point.values[field] for point in sweep.points] for field in sweep.points[0].values},
+        "grid": {field: _values(sweep, field) for field in sweep.points[0].values},
         "points": [_plain_point(point, lines) for point in finished],
         "failed": dict(failed),
         "comparisons": compared,
@@ -114,11 +114,23 @@ def _cell(line: Line, field: str, lines: Sequence[Line]) -> str:
 
 
 def _on_comparisons(compared: int, finished: int) -> str:
-    return (
-        f"{compared} comparisons with the base, at {finished} points: their p values, and so the verdicts, carry "
-        f"Holm's correction for all {compared}. Intervals are of one comparison each. The best of several points is "
-        "chosen by luck, too: its difference is too large on average, and new seeds or problems tell the true one."
+    if compared == 1:
+        return ""
+    text = (
+        f"{compared} comparisons with the base, at {finished} point{'s' if finished > 1 else ''}: p values carry "
+        f"Holm's correction for all {compared}; those against controls, for the controls of one arm and point. "
+        "Intervals are of one comparison each."
     )
+    if finished == 1:
+        return text
+    return (
+        f"{text} The best of several points is chosen by luck, too: its difference is too large on average, and new "
+        "seeds or problems tell the true one."
+    )
+
+
+def _values(sweep: Sweep, field: str) -> list[Any]:
+    return list({shown(point.values[field]): point.values[field] for point in sweep.points}.values())
 
 
 def _best(lines: Sequence[Line]) -> dict[str, BestOf]:

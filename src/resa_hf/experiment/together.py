@@ -20,7 +20,8 @@ class Task:
     left of it must not be in the way.
 
     Args:
-        name (`str`): also its lock's, as a file's name.
+        name (`str`): also its lock's, as a file's name. Tasks of one name are ways to the same thing: one that is
+            done is enough.
         run (`Callable[[], None]`): does it; a `ValueError` or `OSError` is a failure that is written down.
         needs (`frozenset[str]`): tasks, earlier in the list, that must be done before.
     """
@@ -49,22 +50,25 @@ def work_through(tasks: Sequence[Task], places: Path, since: float, pause: float
     while waiting:
         left = len(waiting)
         for task in list(waiting):
-            if lacking := sorted(task.needs & failed.keys()):
-                failed[task.name] = failed[lacking[0]]
+            hopeless = failed.keys() - done - {other.name for other in waiting}
+            if task.name in done:
+                failure: str | None = ""
+            elif lacking := sorted(task.needs & hopeless):
+                failure = failed[lacking[0]]
             elif task.needs <= done:
                 failure = _attempt(task, places, since)
-                if failure is None:
-                    continue
-                if failure:
-                    failed[task.name] = failure
-                else:
-                    done.add(task.name)
             else:
                 continue
+            if failure is None:
+                continue
+            if failure:
+                failed[task.name] = failure
+            else:
+                done.add(task.name)
             waiting.remove(task)
         if len(waiting) == left:
             time.sleep(pause)
-    return failed
+    return {name: why for name, why in failed.items() if name not in done}
 
 
 def _attempt(task: Task, places: Path, since: float) -> str | None:

@@ -32,7 +32,8 @@ class FeatureArguments(ModelArguments, DataArguments):
         test_hookpoint (`str`, *optional*):
             Whose latents are tested. `None`: the suggested one, or where nothing is suggested the first.
         test_latents (`list[int]`, *optional*):
-            Which. `None`: its reasoning latents; where it has none, those with the largest attribution.
+            Which. `None`: its reasoning latents; where it has none, those with the largest attribution on the first
+            half of the problems, which are tested on the other half.
         tested (`int`, *optional*, defaults to `8`):
             Test this many at most.
         amplify (`float`, *optional*, defaults to `2.0`):

@@ -56,7 +56,7 @@ def attribute(
             Tokens on which the SAE was not trained: their latents get nothing.
 
     Returns:
-        `torch.Tensor`: `[num_latents]`, dtype of the SAE; 0 for latents that are not active.
+        `torch.Tensor`: `[num_latents]`, dtype of the SAE, but float32 at least; 0 for latents that are not active.
 
     Raises:
         `HookpointError`: if the hookpoint is unknown.
@@ -69,9 +69,10 @@ def attribute(
         x = activations(model, hookpoint, input_ids, attention_mask)
         values, indices = active_latents(sae, x.flatten(0, -2))
         excluded = torch.isin(input_ids, torch.tensor(list(excluded_token_ids), dtype=torch.long, device=x.device))
-        values = values.masked_fill(excluded.view(-1, 1), 0)
+        wide = torch.promote_types(values.dtype, torch.float32)  # bf16 would lose most of a sum over many tokens
+        values = values.to(wide).masked_fill(excluded.view(-1, 1), 0)
         latents, places = indices.unique(return_inverse=True)
-        rows = decoder_rows(sae, latents)
+        rows = decoder_rows(sae, latents).to(wide)
         explained = weighted_row_sum(places, values, rows).view(x.shape)
     fractions = [1.0] if steps is None else [(step + 0.5) / steps for step in range(steps)]
     gradient, inputs = torch.zeros_like(explained), model_inputs(input_ids, attention_mask)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FEW = 20
+_AT_ONCE = 8  # passages
 
 Run = tuple[int, ...]  # tokens that follow each other
 
@@ -34,7 +35,7 @@ class CountControl:
         count (`int`):
             The reasoning features.
         mean, low, high (`float`):
-            Mean and 2.5th and 97.5th percentile of the same count over the controls.
+            Mean and 2.5th and 97.5th percentile, which is one of them, of the same count over the controls.
         p_value (`float`):
             Share of controls with at least as many, the cues themselves counted as one of them.
         controls (`int`):
@@ -99,8 +100,8 @@ def same_frequency_counts(
     """
     How many latents are active at other tokens, and nowhere else, that occur in the prompt as often as the cues.
 
-    In the place of each cue stands another token, or run of as many tokens, none of them part of a cue. If fewer than
-    20 choices occur exactly as often, those of the closest frequencies join them.
+    In the place of each cue stands another token, or run of as many tokens, none of them part of a cue, nor the BOS.
+    If fewer than 20 choices occur exactly as often, those of the closest frequencies join them.
 
     Args:
         found (sequence of [`LayerLatents`]):
@@ -154,14 +155,14 @@ def _distinct(near: Sequence[Sequence[Run]], most: int, rng: np.random.Generator
 
 
 def _runs(prompt: CuedPrompt, length: int) -> dict[Run, list[tuple[int, ...]]]:
-    """Each run of so many tokens outside the cues, and its positions, one occurrence not overlapping the next."""
+    """Each run of so many tokens but the cues' and the BOS, and its positions, none overlapping the one before."""
     taken = {position for occurrences in prompt.spans for span in occurrences for position in span}
-    cue_tokens = {prompt.input_ids[position] for position in taken}
+    left_out = {prompt.input_ids[position] for position in taken} | {prompt.bos_token_id}
     runs: dict[Run, list[tuple[int, ...]]] = {}
     for start in range(len(prompt.input_ids) - length + 1):
         run = prompt.input_ids[start : start + length]
         positions = tuple(range(start, start + length))
-        if cue_tokens.isdisjoint(run) and runs.get(run, [(-1,)])[-1][-1] < start:
+        if left_out.isdisjoint(run) and runs.get(run, [(-1,)])[-1][-1] < start:
             runs.setdefault(run, []).append(positions)
     return runs
 
@@ -175,7 +176,7 @@ def _controls(
 
 
 def _control(count: int, counts: NDArray[np.int64]) -> CountControl:
-    low, high = np.quantile(counts, [0.025, 0.975]).tolist()
+    low, high = np.quantile(counts, [0.025, 0.975], method="nearest").tolist()
     p_value = (1 + int((counts >= count).sum())) / (1 + len(counts))
     return CountControl(count, float(counts.mean()), low, high, p_value, len(counts))
 
@@ -244,7 +245,8 @@ def prose_control(
         prompt ([`CuedPrompt`]):
             The prompt that it found them in.
         passages (sequence of sequences of `int`):
-            What [`prose_passages`] made of it. They go through the model in one batch.
+            What [`prose_passages`] made of it. They go through the model 8 at a time, once for each SAE, so that
+            memory does not grow with their number.
         every (`bool`, *optional*, defaults to `False`):
             As there.
 
@@ -252,10 +254,10 @@ def prose_control(
         `HookpointError`, `IncompatibleSAEError`: as [`reasoning_latents`] does.
     """
     counts, shares = [], []
-    for one, (_, active, num_latents) in zip(found, read_prompts(model, saes, passages), strict=True):
-        each = list(_by_passage(active, len(passages)))
-        counts.append([len(cued_latents(part, num_latents, prompt.spans, every=every)) for part in each])
-        fires = [fires_at_cues(part, num_latents, prompt.spans, every=every)[list(one.latents)] for part in each]
+    for one, (hookpoint, load) in zip(found, saes.items(), strict=True):
+        each = list(_by_passage(model, hookpoint, load(), passages))
+        counts.append([len(cued_latents(part, one.num_latents, prompt.spans, every=every)) for part in each])
+        fires = [fires_at_cues(part, one.num_latents, prompt.spans, every=every)[list(one.latents)] for part in each]
         shares.append(tuple(np.mean([flags.numpy() for flags in fires], axis=0).tolist()))
     cue_token, context = (
         tuple(
@@ -267,6 +269,12 @@ def prose_control(
     return ProseControl(*_controls(found, np.array(counts)), tuple(shares), cue_token, context)
 
 
-def _by_passage(active: Active, passages: int) -> Iterator[Active]:
-    for values, indices in zip(active.values.chunk(passages), active.indices.chunk(passages), strict=True):
-        yield Active(values, indices)
+def _by_passage(
+    model: nn.Module, hookpoint: str, sae: TopKSAE | SAELensSAE, passages: Sequence[Sequence[int]]
+) -> Iterator[Active]:
+    for start in range(0, len(passages), _AT_ONCE):
+        part = passages[start : start + _AT_ONCE]
+        for _, active, _ in read_prompts(model, {hookpoint: lambda: sae}, part):
+            yield from (
+                Active(*of_one) for of_one in zip(*(tensor.chunk(len(part)) for tensor in active), strict=True)
+            )

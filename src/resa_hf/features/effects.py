@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
-from ..evaluation.engine import Sampling, answer
+from ..evaluation.engine import Outcomes, Sampling, answer
 from ..evaluation.statistics import Difference, Interval, paired_over_problems, paired_over_strata
 from ..modes import evaluating
 from ..sae.autoencoder import SAELensSAE, TopKSAE
@@ -133,33 +133,22 @@ def measure_effect(
     """Measures an edit by next-token KL, answer accuracy and answer length, against matched random latents.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]), tokenizer
-            ([`~transformers.PreTrainedTokenizerBase`]):
-            The causal LM and its tokenizer.
-        hookpoint (`int` or `str`), sae ([`TopKSAE`] or [`SAELensSAE`]), latents (sequence of `int`), change
-            (`Callable`):
-            As in [`~resa_hf.features.causal.edited`]. The random latents get the same change.
-        rows (sequence of mappings):
-            Rows with `input_ids`, and `attention_mask` if padded: on these KL is measured, and rates and norms to
-            match.
-        prompts, golds (sequences of `str`, *optional*):
-            Problems to answer and their gold answers; without them only KL is measured.
-        sampling (`Sampling`, *optional*):
-            How they are answered; each answer has the same draws under every edit. `None`: greedily.
-        nulls (`int`, *optional*, defaults to `99`), answer_nulls (`int`, *optional*, defaults to `19`):
-            Random sets for KL, and how many of these answer the problems. Where fewer can be matched, they are fewer.
-        seed (`int`, *optional*, defaults to `0`):
-            Of the random sets and the bootstrap.
-        excluded_token_ids (sequence of `int`, *optional*, defaults to `()`):
-            As in [`~resa_hf.features.causal.edited`].
-        batch_size (`int`, *optional*, defaults to `8`):
-            Rows a forward; the logits of two forwards are held at a time.
+        model (`PreTrainedModel` or `PeftModel`), tokenizer (`PreTrainedTokenizerBase`): the causal LM.
+        hookpoint, sae, latents, change, excluded_token_ids: as in [`~resa_hf.features.causal.edited`]; the random
+            latents get the same change.
+        rows (sequence of mappings): with `input_ids`, and `attention_mask` if padded: on these KL is measured, and
+            rates and norms to match.
+        prompts, golds (sequences of `str`, *optional*): problems and gold answers; without them only KL is measured.
+        sampling (`Sampling`, *optional*): how problems are answered, with the same draws under every edit. `None`:
+            greedily.
+        nulls (`int`, *optional*, defaults to `99`), answer_nulls (`int`, *optional*, defaults to `19`): random sets
+            for KL, and how many of these answer the problems. Where fewer can be matched, they are fewer.
+        seed (`int`, *optional*, defaults to `0`): of the random sets and the bootstrap.
+        batch_size (`int`, *optional*, defaults to `8`): rows a forward; the logits of two forwards are held.
 
     Raises:
-        `DataError`: if there are fewer than two rows or problems, if a latent is never active on `rows`, or if none is
-            like it ([`matched_latents`]).
-        `ValueError`: if `nulls` is below 1, or `answer_nulls` is not between 1 and `nulls`; and as
-            [`~resa_hf.features.causal.edited`].
+        `DataError`: for fewer than two rows or problems, or as [`matched_latents`].
+        `ValueError`: if `nulls` is below 1, or `answer_nulls` is not between 1 and `nulls`; and as `edited`.
     """
     if not 1 <= answer_nulls <= nulls:
         raise ValueError(f"nulls is {nulls} and answer_nulls {answer_nulls}; wanted: nulls >= answer_nulls >= 1.")
@@ -177,23 +166,29 @@ def measure_effect(
     kl_null = Null.of(kls[0].mean(), kls[1:].mean(axis=1))
     if not prompts:
         return Effect(kl, None, None, {"kl": kl_null})
-
     settings = Sampling(temperature=0) if sampling is None else sampling
     ask = partial(answer, model, tokenizer, prompts, golds, settings, progress=False)
+    accuracy, length, nulls_of = _on_answers(ask, edit, sets[: 1 + answer_nulls], seed)
+    return Effect(kl, accuracy, length, {"kl": kl_null, **nulls_of})
+
+
+def _on_answers(
+    ask: Callable[[], Outcomes], edit: Edit, sets: Sequence[Sequence[int]], seed: int
+) -> tuple[Difference, Interval, dict[str, Null]]:
+    """Accuracy and length under an edit of the first set, and of the others as their nulls."""
     untouched = ask()
     correct, longer = [], []
-    for chosen in sets[: 1 + answer_nulls]:
-        with edit(chosen):
+    for latents in sets:
+        with edit(latents):
             outcomes = ask()
         correct.append(outcomes.correct)
         longer.append((outcomes.lengths - untouched.lengths).mean(axis=1))
     better = [right.mean() - untouched.correct.mean() for right in correct]
-    null = {
-        "kl": kl_null,
+    nulls = {
         "accuracy": Null.of(better[0], better[1:]),
         "length": Null.of(longer[0].mean(), [difference.mean() for difference in longer[1:]]),
     }
-    return Effect(kl, paired_over_problems(correct[0], untouched.correct, seed=seed), _interval(longer[0], seed), null)
+    return paired_over_problems(correct[0], untouched.correct, seed=seed), _interval(longer[0], seed), nulls
 
 
 def _interval(values: NDArray[np.float64], seed: int) -> Interval:

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +15,7 @@ from ..hookpoints import decoder_layers, splice
 from ..modes import evaluating
 from ..sae.autoencoder import SAELensSAE, TopKSAE
 from .batches import ActivationBatch, activation_batches
+from .firings import check_latents
 from .reading import Active, active_latents, decoder_rows
 
 
@@ -84,39 +87,46 @@ def top_examples(
         `IncompatibleSAEError`: if the SAE has another width than the activations.
         `ValueError`: for a latent that the SAE does not have, or a `count` below 1.
     """
-    chosen = torch.as_tensor(list(dict.fromkeys(latents)), dtype=torch.long)
-    wrong = chosen[(chosen < 0) | (chosen >= sae.num_latents)].tolist()
-    if wrong:
-        raise ValueError(f"The SAE has latents 0 to {sae.num_latents - 1}, but no latent {wrong[0]}.")
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1.")
-    parameter = next(sae.parameters())
-    device = parameter.device
-    slots = torch.full((sae.num_latents,), len(chosen), device=device)  # where a latent stands in `chosen`
-    slots[chosen] = torch.arange(len(chosen), device=device)
-    floors = parameter.new_zeros(len(chosen))  # what a row has to exceed
-    # Heaps with the example to drop next in front: the smallest, and of equal ones the latest.
-    best: list[list[tuple[float, int, Example]]] = [[] for _ in chosen]
-    first = 0
+    best = _Best(check_latents(latents, sae.num_latents), sae, count, context)
     for batch in activation_batches(
         model, hookpoint, rows, excluded_token_ids=excluded_token_ids, batch_size=batch_size
     ):
-        active = _counted(active_latents(sae, batch.x), batch)
-        size = len(batch.input_ids)
-        peaks = active.values.new_zeros(size, len(chosen) + 1)
-        peaks.scatter_reduce_(1, slots[active.indices].flatten(1), active.values.flatten(1), "amax")
-        for row, slot in (peaks[:, :-1] > floors).nonzero().tolist():
-            heap = best[slot]
-            if len(heap) == count and float(peaks[row, slot]) <= heap[0][0]:
+        best.add(_counted(active_latents(sae, batch.x), batch), batch)
+    return best.examples()
+
+
+class _Best:
+    """The largest examples of each latent so far."""
+
+    def __init__(self, latents: NDArray[np.int64], sae: TopKSAE | SAELensSAE, count: int, context: int) -> None:
+        self._latents, self._count, self._context, self._rows = latents.tolist(), count, context, 0
+        parameter, number = next(sae.parameters()), len(latents)
+        self._slots = torch.full((sae.num_latents,), number, device=parameter.device)  # where a latent stands
+        self._slots[self._latents] = torch.arange(number, device=parameter.device)
+        self._floors = parameter.new_zeros(number)  # what a row has to exceed
+        # Heaps with the example to drop next in front: the smallest, and of equal ones the latest.
+        self._heaps: list[list[tuple[float, int, Example]]] = [[] for _ in self._latents]
+
+    def add(self, active: Active, batch: ActivationBatch) -> None:
+        peaks = active.values.new_zeros(len(batch.input_ids), len(self._latents) + 1)
+        peaks.scatter_reduce_(1, self._slots[active.indices].flatten(1), active.values.flatten(1), "amax")
+        for row, slot in (peaks[:, :-1] > self._floors).nonzero().tolist():
+            heap = self._heaps[slot]
+            if len(heap) == self._count and float(peaks[row, slot]) <= heap[0][0]:
                 continue  # an earlier row of this batch has raised the floor
-            example = _example(active, batch, int(chosen[slot]), row, first + row, context)
-            (heapq.heappush if len(heap) < count else heapq.heapreplace)(heap, (example.value, -example.row, example))
-            floors[slot] = heap[0][0] if len(heap) == count else 0.0
-        first += size
-    return {
-        latent: [example for *_, example in sorted(heap, reverse=True)]
-        for latent, heap in zip(chosen.tolist(), best, strict=True)
-    }
+            example = _example(active, batch, self._latents[slot], row, self._rows + row, self._context)
+            push = heapq.heappush if len(heap) < self._count else heapq.heapreplace
+            push(heap, (example.value, -example.row, example))
+            self._floors[slot] = heap[0][0] if len(heap) == self._count else 0.0
+        self._rows += len(batch.input_ids)
+
+    def examples(self) -> dict[int, list[Example]]:
+        return {
+            latent: [example for *_, example in sorted(heap, reverse=True)]
+            for latent, heap in zip(self._latents, self._heaps, strict=True)
+        }
 
 
 def _counted(active: Active, batch: ActivationBatch) -> Active:

@@ -15,6 +15,9 @@ from ..sae.totals import wide_dtype
 from .batches import activation_batches
 from .reading import active_latents, decoder_rows
 
+# The largest ratio of two firing rates or norms that match.
+_WITHIN = 2.0
+
 
 @dataclass(frozen=True)
 class Null:
@@ -44,12 +47,12 @@ class Null:
 
 
 def matched_latents(
-    rates: ArrayLike, norms: ArrayLike, latents: Sequence[int], *, count: int, seed: int, within: float = 2.0
+    rates: ArrayLike, norms: ArrayLike, latents: Sequence[int], *, count: int, seed: int
 ) -> NDArray[np.int64]:
     """Random sets of latents that fire as often and add as much as the given ones.
 
     Each latent is replaced by one of the `count` that are nearest to it in firing rate and norm (the larger of the two
-    ratios), none further than a factor `within` in either. So a single latent gets its nearest neighbours themselves.
+    ratios), none further than a factor of 2 in either. So a single latent gets its nearest neighbours themselves.
 
     Args:
         rates (`array`):
@@ -62,8 +65,6 @@ def matched_latents(
             Number of sets.
         seed (`int`):
             Of the draws.
-        within (`float`, *optional*, defaults to `2.0`):
-            The largest ratio of two rates or norms.
 
     Returns:
         `numpy.ndarray`: `[count, n]` int64, or fewer rows where there are not so many different sets.
@@ -81,7 +82,7 @@ def matched_latents(
     for latent in tested:
         apart = np.abs(np.log(sizes[:, others] / sizes[:, [latent]])).max(axis=0)
         nearest = np.argsort(apart, kind="stable")[:count]
-        pools.append(others[nearest[apart[nearest] <= np.log(within)]])
+        pools.append(others[nearest[apart[nearest] <= np.log(_WITHIN)]])
     rng = np.random.default_rng(seed)
     sets: dict[tuple[int, ...], list[int]] = {}
     for _ in range(100 * count):
@@ -97,7 +98,7 @@ def matched_latents(
         lonely = [int(latent) for latent, pool in zip(tested, pools, strict=True) if not len(pool)]
         raise DataError(
             f"No other latents fire as often and add as much as {lonely or tested.tolist()}, within a factor of "
-            f"{within:g}: test other latents, or fewer at once."
+            f"{_WITHIN:g}: test other latents, or fewer at once."
         )
     return np.array(list(sets.values()), dtype=np.int64)
 

@@ -116,26 +116,18 @@ def match_activations(
     random SAEs on one model match in most of their latents by that.
 
     Args:
-        model_a, model_b (`torch.nn.Module`):
-            The causal LMs; they may be the same.
-        sae_a, sae_b ([`TopKSAE`] or [`SAELensSAE`]):
-            Their SAEs, each on its model's device.
-        rows (iterable of mappings):
-            With `input_ids`, and `attention_mask` if padded. For the null, `8 * candidates + 4 * d_in` bytes are held
-            for each token that counts.
-        hookpoints (`tuple`):
-            Where each SAE reads.
-        excluded_token_ids (sequence of `int`):
-            Tokens that do not count: `tokenizer.all_special_ids`, or `()`.
-        latents, candidates (sequence of `int`, *optional*):
-            Latents of the first, and of the second. `None` means those that fire at all, the 4,096 that fire most
-            often at most. Those given that never fire have correlation 0.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Rows a forward.
-        nulls (`int`, *optional*, defaults to `39`):
-            Draws of the null.
-        seed (`int`, *optional*, defaults to `0`):
-            Equal seeds give equal nulls.
+        model_a, model_b (`torch.nn.Module`): the causal LMs; they may be the same.
+        sae_a, sae_b ([`TopKSAE`] or [`SAELensSAE`]): their SAEs, each on its model's device.
+        rows (iterable of mappings): with `input_ids`, and `attention_mask` if padded. For the null,
+            `8 * candidates + 4 * d_in` bytes are held for each token that counts.
+        hookpoints (`tuple`): where each SAE reads.
+        excluded_token_ids (sequence of `int`): tokens that do not count: `tokenizer.all_special_ids`, or `()`.
+        latents, candidates (sequence of `int`, *optional*): latents of the first, and of the second. `None` means
+            those that fire at all, the 4,096 that fire most often at most. Those given that never fire have
+            correlation 0.
+        batch_size (`int`, *optional*, defaults to `8`): rows a forward.
+        nulls (`int`, *optional*, defaults to `39`): draws of the null.
+        seed (`int`, *optional*, defaults to `0`): equal seeds give equal nulls.
 
     Returns:
         [`Matching`]: as many pairs as the smaller of the two has latents.

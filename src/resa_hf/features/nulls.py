@@ -36,7 +36,9 @@ def compare(
     Returns:
         The threshold, the 95th percentile of all of `drawn`; the share of `similarity` above it, with Wilson's
         interval over pairs; and the ends between which a draw's share lies with probability 95%, or
-        `(draws - 1) / (draws + 1)` with fewer than 39 draws.
+        `(draws - 1) / (draws + 1)` with fewer than 39 draws. Where tokens are so few that many of the null's
+        similarities are equal, fewer than 5% of it lie above the threshold, and both ends may be below 5%: then the
+        share tells nothing.
     """
     threshold = float(np.quantile(drawn, 0.95))
     # Where the ends of an interval for a further, exchangeable draw lie: hence neither interpolated nor centred.

@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 
 def plot_counts(
     path: Path, layers: Sequence[int], counts: Sequence[float], mixture: Curve | None, *,
-    control: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None, paper: Sequence[float] | None = None, dark: bool,
+    control: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None, dark: bool,
 ) -> Figure:  # fmt: skip
     """Reasoning features per layer, with the mixture fitted to them.
 
@@ -46,7 +46,6 @@ def plot_counts(
         counts (`Sequence[float]`): Features of each.
         mixture ([`Curve`], *optional*): Drawn as the counts that it expects.
         control (`tuple` of three arrays, *optional*): Mean, low and high end of a control's counts, by layer.
-        paper (`Sequence[float]`, *optional*): Published counts to compare with, by layer.
         dark (`bool`): Light on dark.
 
     Returns:
@@ -59,11 +58,6 @@ def plot_counts(
         for layer in at[1::2]:  # shaded, so that the marks beside a bar are seen to be its own
             axes.axvspan(layer - 0.5, layer + 0.5, color=theme.grid, alpha=0.4, linewidth=0, zorder=0)
         _stems(axes, theme, at, counts, "reasoning features")
-        if paper is not None:
-            axes.scatter(
-                at - 0.26, paper, s=24, marker="s", facecolor="none", edgecolor=theme.ink, label="in the paper",
-                zorder=3,
-            )  # fmt: skip
         if control is not None:
             mean, low, high = (np.broadcast_to(np.asarray(end, dtype=float), at.shape) for end in control)
             axes.vlines(at + 0.26, low, high, color=theme.null, linewidth=1.5)

@@ -39,11 +39,14 @@ class CuedPrompt:
             Each of them as text.
         spans (`tuple[tuple[tuple[int, ...], ...], ...]`):
             For each cue and each of its occurrences, the positions of its tokens.
+        bos_token_id (`int`, *optional*):
+            The tokenizer's BOS, if it has one.
     """
 
     input_ids: tuple[int, ...]
     tokens: tuple[str, ...]
     spans: tuple[tuple[tuple[int, ...], ...], ...]
+    bos_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def cued_prompt(
         spans.append(tuple(_overlapping(offsets, match.start(), match.end(), bos) for match in matches))
         if not (cue and spans[-1] and all(spans[-1])):
             raise DataError(f"The prompt has no tokens for the cue {cue!r}. It begins {prompt[:60]!r}.")
-    return CuedPrompt(tuple(ids), tuple(str(tokenizer.decode([token])) for token in ids), tuple(spans))
+    tokens = tuple(str(tokenizer.decode([token])) for token in ids)
+    return CuedPrompt(tuple(ids), tokens, tuple(spans), tokenizer.bos_token_id)
 
 
 def _overlapping(offsets: Sequence[tuple[int, int]], start: int, end: int, bos: int) -> tuple[int, ...]:

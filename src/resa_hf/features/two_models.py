@@ -62,25 +62,16 @@ def read_on_two(
     in this null, and would not be in one of shuffled tokens.
 
     Args:
-        model_a, model_b (`torch.nn.Module`):
-            The causal LMs, with one tokenizer and of one width, on the SAE's device.
-        hookpoint (`int` or `str`):
-            Where the SAE reads on both.
-        sae ([`TopKSAE`] or [`SAELensSAE`]):
-            The SAE.
-        rows (iterable of mappings):
-            With `input_ids`, and `attention_mask` if padded.
-        excluded_token_ids (sequence of `int`):
-            Tokens that do not count: `tokenizer.all_special_ids`, or `()`.
-        latents (sequence of `int`, *optional*):
-            Which latents. `None` means those that fire on the first model. One that never fires on one of the two has
-            correlation 0.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Rows a forward.
-        nulls (`int`, *optional*, defaults to `39`):
-            Draws of the null.
-        seed (`int`, *optional*, defaults to `0`):
-            Equal seeds give equal nulls.
+        model_a, model_b (`torch.nn.Module`): the causal LMs, with one tokenizer and of one width, on the SAE's device.
+        hookpoint (`int` or `str`): where the SAE reads on both.
+        sae ([`TopKSAE`] or [`SAELensSAE`]): the SAE.
+        rows (iterable of mappings): with `input_ids`, and `attention_mask` if padded.
+        excluded_token_ids (sequence of `int`): tokens that do not count: `tokenizer.all_special_ids`, or `()`.
+        latents (sequence of `int`, *optional*): which. `None` means those that fire on the first model. One that never
+            fires on one of the two has correlation 0.
+        batch_size (`int`, *optional*, defaults to `8`): rows a forward.
+        nulls (`int`, *optional*, defaults to `39`): draws of the null.
+        seed (`int`, *optional*, defaults to `0`): equal seeds give equal nulls.
 
     Raises:
         `DataError`: if fewer than 2 tokens count.
