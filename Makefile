@@ -34,7 +34,7 @@ test: install  ## the tests, the slow ones too
 test-fast: install  ## the tests that take seconds
 	$(PYTEST) -m 'not gpu and not slow and not long' $(ARGS)
 
-test-all: install  ## all tests: round trips in fresh processes, thousands of broken files, examples of cards
+test-all: install  ## all tests: round trips in fresh processes, thousands of broken files, simulations in full
 	$(PYTEST) -m 'not gpu' $(ARGS)
 
 install-hub2: $(STAMP_HUB2)

@@ -29,7 +29,7 @@ def test_accuracy_coverage():
     assert shares.min() > 0.92 - 3 * 0.013
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accuracy_coverage_in_full():
     # Where few problems are solved, or few are not, the coverage goes up and down with the accuracy.
     shares = accuracy_coverage([0.05, 0.06, 0.07, 0.08, 0.09, *np.arange(0.1, 0.91, 0.1), 0.92, 0.95], draws=4000)
@@ -73,7 +73,7 @@ def test_false_positives_and_coverage_over_problems():
     assert held > 0.91
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("samples", [(16, 16), (16, 8)])
 def test_false_positives_and_coverage_over_problems_in_full(samples):
     found, held = null_and_coverage(8000, samples, 999, shift=0.0)

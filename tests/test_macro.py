@@ -139,7 +139,7 @@ def test_false_positives_and_coverage():
     assert abs(accurate - 0.95) < 0.033
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_false_positives_and_coverage_in_full():
     found, held, accurate = simulated(8000, shift=0.0, resamples=499)
     assert abs(found - 0.05) < 0.007

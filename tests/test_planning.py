@@ -73,7 +73,7 @@ def test_planned_difference_is_found_four_times_in_five():
     assert power({"a": (100, 4)}, 0.5, 0.3, 0.5, 400) == pytest.approx(0.8, abs=0.06)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("tasks", "accuracy", "icc", "correlation"),
     [

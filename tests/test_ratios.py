@@ -135,7 +135,7 @@ def test_coverage():
     assert coverage_over_problems(30, 16, 400) == pytest.approx(0.95, abs=0.033)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_coverage_in_full():
     for seeds in (5, 10):
         assert coverage_over_seeds(seeds, 20_000) == pytest.approx(0.95, abs=0.007)
