@@ -26,7 +26,7 @@ CHOSEN = ALL if os.environ.get("RESA_ALL_RECIPES") else [ONE]
 STEPS = {"stage1": "1", "stage2": "2"}
 # A low-rank control stands for an SAE that is better than the mean activation; on the stand-ins that takes so many,
 # and with all the seeds of such a recipe an hour.
-STEPS_TO_LEARN, ONE_SEED = "60", ["--seeds", "0"]
+STEPS_TO_LEARN, ONE_SEED = "120", ["--seeds", "0"]
 # Rows to train on, beside those that the recipe holds out: one chunk of 2,048 tokens or more.
 TRAIN_ROWS = 64
 
