@@ -99,7 +99,7 @@ def attribution_part(subject: Subject, hookpoint: str, answers: OwnAnswers, late
     largest = by_gradient.abs().topk(min(_CHECKED, len(active))).indices.tolist()
     random = np.random.default_rng(subject.args.seed).permutation(active.cpu().numpy())[:_CHECKED].tolist()
     checked = list(dict.fromkeys([*latents, *largest, *random]))
-    ablated = [_ablated(subject, hookpoint, sae, rows, latent) for latent in checked]
+    ablated = _ablated(subject, hookpoint, sae, rows, checked)
     lines = [
         {
             "latent": latent,
@@ -146,15 +146,18 @@ def _attributed(subject: Subject, hookpoint: str, sae: SAE, row: dict[str, Any],
 
 
 @torch.no_grad()
-def _ablated(subject: Subject, hookpoint: str, sae: SAE, rows: list[dict[str, Any]], latent: int) -> float:
-    """Untouched minus ablated, the mean over answers."""
-    drops = []
+def _ablated(
+    subject: Subject, hookpoint: str, sae: SAE, rows: list[dict[str, Any]], latents: Sequence[int]
+) -> list[float]:
+    """Of each latent alone: untouched minus ablated, the mean over answers."""
+    drops: list[list[float]] = [[] for _ in latents]
     for row in rows:
         ids, metric = torch.tensor([row["input_ids"]], device=subject.model.device), _log_likelihood(row)
         untouched = metric(subject.model(ids, use_cache=False).logits)
-        with edited(subject.model, hookpoint, sae, [latent], ablate, excluded_token_ids=excluded(sae)):
-            drops.append(float(untouched - metric(subject.model(ids, use_cache=False).logits)))
-    return float(np.mean(drops))
+        for latent, of_latent in zip(latents, drops, strict=True):
+            with edited(subject.model, hookpoint, sae, [latent], ablate, excluded_token_ids=excluded(sae)):
+                of_latent.append(float(untouched - metric(subject.model(ids, use_cache=False).logits)))
+    return [float(np.mean(of_latent)) for of_latent in drops]
 
 
 def effects_part(subject: Subject, hookpoint: str, answers: OwnAnswers, latents: list[int]) -> Part:
