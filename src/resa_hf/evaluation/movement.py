@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from ..errors import IncompatibleAdapterError
 from ..hookpoints import backbone, causal_lm
 from ..modes import evaluating
-from ..sae.dataset import make_collator
+from ..sae.dataset import padded_batches
 from ..sae.totals import wide_dtype
 from ..tuning.loss import frozen_head, token_divergence
 
@@ -87,13 +87,11 @@ def movement(model: PeftModel, rows: datasets.Dataset, batch_size: int = 8) -> d
     """
     norms = {update.name: update.norm() for update in lora_updates(model)}
     head = frozen_head(causal_lm(model))  # type: ignore[arg-type]  # a PreTrainedModel, inside PEFT
-    collate, inner = make_collator(0), backbone(model)
+    inner = backbone(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total, tokens = 0.0, 0
     with evaluating(model):
-        for start in range(0, len(rows), batch_size):
-            chosen = rows.select(range(start, min(start + batch_size, len(rows))))
-            batch = {key: value.to(head.weight.device) for key, value in collate(list(chosen)).items()}
+        for batch in padded_batches(rows, batch_size, head.weight.device):
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             counted = mask[:, 1:].bool()
             tuned = inner(**batch, use_cache=False).last_hidden_state[:, :-1][counted]

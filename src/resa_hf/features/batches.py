@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..hookpoints import resolve_hookpoint
-from ..sae.dataset import make_collator
+from ..sae.dataset import padded_batches
 from ..sae.source import ActivationSource
 
 
@@ -53,10 +52,7 @@ def activation_batches(
     """
     name = resolve_hookpoint(model, hookpoint)
     source = ActivationSource(model, [name], excluded_token_ids)
-    device = next(model.parameters()).device
-    collate, remaining = make_collator(0), iter(rows)
-    while batch := list(islice(remaining, batch_size)):
-        inputs = {key: tensor.to(device) for key, tensor in collate(batch).items()}
+    for inputs in padded_batches(rows, batch_size, next(model.parameters()).device):
         ids = inputs["input_ids"]
         found = source(inputs, nullcontext())
         attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()

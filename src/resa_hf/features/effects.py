@@ -19,7 +19,7 @@ from ..evaluation.engine import Outcomes, Sampling, answer
 from ..evaluation.statistics import Difference, Interval, paired_over_problems, paired_over_strata
 from ..modes import evaluating
 from ..sae.autoencoder import SAELensSAE, TopKSAE
-from ..sae.dataset import make_collator
+from ..sae.dataset import padded_batches
 from ..sae.totals import wide_dtype
 from ..tuning.loss import tile_tokens
 from .causal import Change, edited, model_inputs
@@ -198,9 +198,7 @@ def _interval(values: NDArray[np.float64], seed: int) -> Interval:
 
 def _batches(model: nn.Module, rows: Rows, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """`input_ids` and `attention_mask` of `batch_size` rows at a time, padded on the right, on the model's device."""
-    device = next(model.parameters()).device
-    collate = make_collator(0)
-    for start in range(0, len(rows), batch_size):
-        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-        ids = batch["input_ids"].to(device)
-        yield ids, batch.get("attention_mask", torch.ones_like(ids)).to(device)
+    indexed = (rows[index] for index in range(len(rows)))
+    for batch in padded_batches(indexed, batch_size, next(model.parameters()).device):
+        ids = batch["input_ids"]
+        yield ids, batch.get("attention_mask", torch.ones_like(ids))

@@ -1,7 +1,8 @@
 """Token ids for Stage I, from tokenised rows or from text."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -76,3 +77,22 @@ def make_collator(pad_token_id: int) -> Callable[[Sequence[Mapping[str, Any]]], 
         return batch
 
     return collate
+
+
+def padded_batches(
+    rows: Iterable[Mapping[str, Any]], batch_size: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """
+    Rows as a model takes them, batch by batch: one batch is held at a time, so that they may be a stream.
+
+    Args:
+        rows (iterable of mappings): with `input_ids`, and `attention_mask` if padded.
+        batch_size (`int`): rows a batch.
+        device (`torch.device`): where the batches go.
+
+    Yields:
+        `dict[str, torch.Tensor]`: as [`make_collator`] gives it.
+    """
+    collate, remaining = make_collator(0), iter(rows)
+    while batch := list(islice(remaining, batch_size)):
+        yield {key: tensor.to(device) for key, tensor in collate(batch).items()}

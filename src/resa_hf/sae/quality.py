@@ -12,7 +12,7 @@ from ..errors import DataError, HookpointError
 from ..hookpoints import resolve_hookpoint, splice
 from ..modes import evaluating
 from .autoencoder import SAELensSAE, TopKSAE
-from .dataset import make_collator
+from .dataset import padded_batches
 from .source import ActivationSource
 from .totals import ReconstructionTotals
 
@@ -102,11 +102,8 @@ def _totals(
 
 
 def _batches(model: nn.Module, dataset: Sequence[Mapping[str, Any]], batch_size: int) -> Iterable[dict[str, Tensor]]:
-    device = next(model.parameters()).device
-    collate = make_collator(0)
-    for start in range(0, len(dataset), batch_size):
-        rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-        yield {key: tensor.to(device) for key, tensor in collate(rows).items()}
+    rows = (dataset[index] for index in range(len(dataset)))
+    return padded_batches(rows, batch_size, next(model.parameters()).device)
 
 
 def _cross_entropy(
