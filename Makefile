@@ -10,7 +10,7 @@ STAMP_HUB2 := $(VENV)-hub2/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-hub2 demo test test-fast test-all test-hub2 test-recipes lint bench
+.PHONY: help install install-hub2 browser demo test test-fast test-all test-hub2 test-recipes lint bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,19 +22,22 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Installing into $(VENV). The first time this takes some minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,space]'
 	@touch $@
 
 demo: install  ## the whole way on the tiny reasoner, offline; options in ARGS, for example ARGS=--full
 	$(BIN)/resa-hf demo $(ARGS)
 
-test: install  ## the tests, the slow ones too
+browser:  ## Chromium for the tests of the explorer, by apt-get, where there is none
+	tests/browser/install_chromium.sh
+
+test: install browser  ## the tests, the slow ones too
 	$(PYTEST) -m 'not gpu and not long' $(ARGS)
 
 test-fast: install  ## the tests that take seconds
 	$(PYTEST) -m 'not gpu and not slow and not long' $(ARGS)
 
-test-all: install  ## all tests: round trips in fresh processes, thousands of broken files, simulations in full
+test-all: install browser  ## all tests: round trips in fresh processes, thousands of broken files, simulations in full
 	$(PYTEST) -m 'not gpu' $(ARGS)
 
 install-hub2: $(STAMP_HUB2)

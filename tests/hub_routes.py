@@ -19,9 +19,9 @@ from hub_repos import GIT_ATTRIBUTES, Blob, Repo, children, is_large, to_blobs
 if TYPE_CHECKING:
     from hub_server import HubServer
 
-TYPE = "(?P<type>model|dataset)s"
+TYPE = "(?P<type>model|dataset|space)s"
 NAME = "(?P<name>[^/]+/[^/]+)"
-WEB_NAME = f"(?:(?P<type>dataset)s/)?{NAME}"
+WEB_NAME = f"(?:(?P<type>dataset|space)s/)?{NAME}"
 
 
 def answer(hub: "HubServer", request: Request) -> Reply:
@@ -55,12 +55,18 @@ def validate_yaml(hub: "HubServer", request: Request) -> Reply:
     return to_json({kind: [{"message": message} for message in found] for kind, found in content.items()}, status)
 
 
+def web_prefix(repo_type: str) -> str:
+    return "" if repo_type == "model" else f"{repo_type}s/"
+
+
 def create_repo(hub: "HubServer", request: Request) -> Reply:
     asked = request.json
     name = f"{asked.get('organization') or user_of(hub, request)}/{asked['name']}"
     repo_type = asked.get("type") or "model"
     check_namespace(hub, request, name)
-    url = f"{hub.endpoint}/{'' if repo_type == 'model' else 'datasets/'}{name}"
+    if repo_type == "space" and asked.get("sdk") not in ("docker", "gradio", "static"):
+        raise RefusedError(400, '"sdk" must be one of [docker, gradio, static]')
+    url = f"{hub.endpoint}/{web_prefix(repo_type)}{name}"
     if (repo_type, name) in hub.repos:
         raise RefusedError(409, f"You already created this {repo_type} repo", url=url)
     repo = Repo(name, repo_type, private=bool(asked.get("private")) or asked.get("visibility") == "private")
@@ -118,7 +124,7 @@ def make_commit(hub: "HubServer", request: Request, type: str, name: str, revisi
     if errors:
         raise RefusedError(400, errors[0])
     commit = repo.add(files, header["summary"], revision)
-    url = f"{hub.endpoint}/{'' if type == 'model' else 'datasets/'}{name}/commit/{commit.id}"
+    url = f"{hub.endpoint}/{web_prefix(type)}{name}/commit/{commit.id}"
     return to_json({"success": True, "commitUrl": url, "commitOid": commit.id, "hookOutput": ""})
 
 

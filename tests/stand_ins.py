@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from resa_hf.text import R1_PROMPT
 
-WIDTH = 16
 R1_DISTILL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 TINA = ("Tina-Yi/R1-Distill-Qwen-1.5B-STILL", "Tina-Yi/R1-Distill-Qwen-1.5B-DeepScaleR")
 # Latents, layers.
@@ -64,6 +63,26 @@ class _Model:
     gated: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
+
+@dataclass(frozen=True)
+class Size:
+    """How wide a stand-in is, and beside transformers' initialisation how large its embeddings and MLP inputs are.
+
+    Args:
+        width (`int`): of the residual stream.
+        spread, gain (`float`): of the embeddings, and of the MLPs' gates and inputs.
+        end (`float`): how far the logit of the end stands above the others.
+    """
+
+    width: int = 16
+    spread: float = 1.0
+    gain: float = 1.0
+    end: float = 6.0
+
+
+# An SAE of 65,536 latents, 32 active, begins far worse than the mean in 16 dimensions, where the 32 point one way. In
+# 128 it learns in some dozen steps, if there is more to learn than the mean.
+WIDE = Size(width=128, spread=3.0, gain=2.0, end=16.0)
 
 _LLAMA_ROPE = {
     "rope_type": "llama3",
@@ -121,29 +140,30 @@ MODELS: Mapping[str, _Model] = {
 }
 
 
-def serve_models(hub: HubServer, folder: Path, recipe: str) -> None:
+def serve_models(hub: HubServer, folder: Path, recipe: str, size: Size = Size()) -> None:
     """Puts the models, SAEs and adapters that a recipe names on the Hub, and R1-Distill, which adapters are for.
 
     Args:
         hub (`HubServer`): where.
         folder (`Path`): scratch space.
         recipe (`str`): its text.
+        size ([`Size`], *optional*): of the models.
     """
     for number, (name, model) in enumerate(MODELS.items()):
         if name in recipe:
             place = folder / name
-            _write_model(place, model, seed=number)
+            _write_model(place, model, size, seed=number)
             card = {"README.md": f"---\nlicense: {model.licence}\n---\n# {name}\n"}
             hub.create_repo(name, folder=place, files=card, commit=model.commit, gated=model.gated)
     for name, (latents, layers) in SAES.items():
         if name in recipe:
-            hub.create_repo(name, files=_sae_files(latents, layers, recipe))
+            hub.create_repo(name, files=_sae_files(latents, layers, size.width, recipe))
     for name in TINA:
         if steps := {int(step) for step in re.findall(rf"{re.escape(name)}/checkpoint-(\d+)", recipe)}:
             hub.create_repo(name, files=_adapter_files(folder / R1_DISTILL, steps | {500}))
 
 
-def _write_model(folder: Path, model: _Model, seed: int) -> None:
+def _write_model(folder: Path, model: _Model, size: Size, seed: int) -> None:
     tokenizer = _tokenizer(model)
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -157,7 +177,7 @@ def _write_model(folder: Path, model: _Model, seed: int) -> None:
         "tokenizer_class": model.tokenizer_class,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    _random_model(model, tokenizer, seed).save_pretrained(folder)
+    _random_model(model, tokenizer, size, seed).save_pretrained(folder)
 
 
 def _tokenizer(model: _Model) -> Tokenizer:
@@ -180,16 +200,23 @@ def _tokenizer(model: _Model) -> Tokenizer:
     return tokenizer
 
 
-def _random_model(model: _Model, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
+def _random_model(model: _Model, tokenizer: Tokenizer, size: Size, seed: int) -> PreTrainedModel:
     """Random but for one thing: nearly every answer is a single token, the end, so that answering takes no time."""
     end = tokenizer.token_to_id(model.eos)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": size.width,
+        "intermediate_size": 2 * size.width,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     config = AutoConfig.for_model(
         model.kind,
         # The real embeddings have rows to spare, too.
         vocab_size=tokenizer.get_vocab_size() + 16,
         bos_token_id=tokenizer.token_to_id(model.bos or model.eos),
         eos_token_id=end,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         **sizes,
         **model.config,
     )
@@ -197,26 +224,31 @@ def _random_model(model: _Model, tokenizer: Tokenizer, seed: int) -> PreTrainedM
         torch.manual_seed(seed)
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        # Every hidden state has a large first component, and the end's row answers to it: 6 above the other logits.
-        for rows in (made.get_input_embeddings().weight, made.get_output_embeddings().weight):
+        embeddings, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
+        embeddings *= size.spread
+        for name, weight in made.named_parameters():
+            if "gate_proj" in name or "up_proj" in name:
+                weight *= size.gain
+        # Every hidden state has a large first component, and the end's row answers to it.
+        for rows in (embeddings, head):
             rows[:, 0] = 1.0
-            rows[end, 0] = 1.0 + 6.0 / WIDTH**0.5
+            rows[end, 0] = 1.0 + size.end / size.width**0.5
     return made.to(torch.bfloat16)
 
 
-def _sae_files(latents: int, layers: int, recipe: str) -> dict[str, bytes | str]:
+def _sae_files(latents: int, layers: int, width: int, recipe: str) -> dict[str, bytes | str]:
     """sparsify's layout; weights for the hookpoints that the recipe names, since all of them are many."""
     settings = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": latents}
-    settings |= {"k": 32, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": WIDTH}
+    settings |= {"k": 32, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": width}
     files: dict[str, bytes | str] = {"config.json": json.dumps({"sae": settings, "hookpoints": []})}
     for layer in range(layers):
         hookpoint = f"layers.{layer}.mlp"
         if hookpoint not in recipe:
             continue
         generator = torch.Generator().manual_seed(layer)
-        decoder = torch.nn.functional.normalize(torch.randn(latents, WIDTH, generator=generator), dim=1)
+        decoder = torch.nn.functional.normalize(torch.randn(latents, width, generator=generator), dim=1)
         tensors = {"encoder.weight": decoder.clone(), "encoder.bias": torch.zeros(latents)}
-        tensors |= {"W_dec": decoder, "b_dec": torch.zeros(WIDTH)}
+        tensors |= {"W_dec": decoder, "b_dec": torch.zeros(width)}
         files[f"{hookpoint}/cfg.json"] = json.dumps(settings)
         files[f"{hookpoint}/sae.safetensors"] = save(tensors)
     return files

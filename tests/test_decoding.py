@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from resa_hf.evaluation.decoding import decode
+from resa_hf.evaluation.decoding import decode, decode_steps
 
 ENDS = [2, *range(50, 64)]
 
@@ -86,3 +86,19 @@ def test_draw_is_told_which_row_and_how_far_it_is(make_model):
         found = dict(decode(make_model("qwen2"), prompts()[:3], draw, ends={2}, limit=9))
     assert seen == [((0, 1, 2), 0), ((1, 2), 1), ((2,), 2)]
     assert found == {0: [2], 1: [5, 2], 2: [5, 5, 2]}
+
+
+def test_the_model_runs_only_when_the_next_step_is_asked_for(make_model):
+    model, rows, calls = make_model("qwen2"), prompts()[:2], []
+    model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    steps = decode_steps(
+        model, rows, lambda logits, rows, count: torch.full((len(rows),), 5 + count), ends={7}, limit=9
+    )
+    assert not calls
+    for count in range(3):
+        with torch.no_grad():
+            assert next(steps) == [(0, 5 + count), (1, 5 + count)]
+        assert calls == [False] * (count + 1)
+        assert torch.is_grad_enabled()
+    assert next(steps, None) is None
+    assert len(calls) == 3

@@ -78,7 +78,7 @@ def test_what_is_imported_is_declared() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    parts = ["sae", "tuning", "evaluation", "features", "experiment", "hub", "commands"]
+    parts = ["sae", "tuning", "evaluation", "features", "experiment", "hub", "explore", "commands"]
     for path in SOURCE.rglob("*.py"):
         package = path.relative_to(SOURCE).parts[:-1]
         here = parts.index(package[0]) if package and package[0] in parts else -1
@@ -115,7 +115,7 @@ def test_wheel_holds_all_that_the_source_tree_does(tmp_path: Path) -> None:
     there |= {
         f"resa_hf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*") if path.is_file()
     }
-    assert packed == there
+    assert packed == {*there, "resa_hf/explorer/app.py"}
     assert "resa_hf/py.typed" in packed
     weights = {
         name.split("/")[3] for name in packed if name.startswith("resa_hf/tiny/weights/") and "safetens" in name

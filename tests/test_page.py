@@ -107,7 +107,7 @@ def test_markdown_is_rendered(tmp_path):
     page = written(tmp_path, "# Head\n\n| a | b |\n|---|---|\n| `x<y` | **2** |\n\n- one\n\n```\n<raw>\n```\n")
     assert page.text["h1"] == "Head" and page.text["th"] == "ab" and page.text["strong"] == "2"
     assert page.text["code"] == "x<y<raw>\n" and page.text["li"] == "one"
-    assert len(page.all("tr")) == 2 and {"class": "wide"} in page.all("div")
+    assert len(page.all("tr")) == 2 and {"class": "wide", "tabindex": "0"} in page.all("div")
 
 
 @pytest.mark.parametrize("text", HOSTILE)

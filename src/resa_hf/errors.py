@@ -23,3 +23,7 @@ class JobError(ValueError):
 
 class PublishError(ValueError):
     """Something that cannot be published as it is; nothing of it is on the Hub then, unless the message says so."""
+
+
+class ExploreError(ValueError):
+    """Something that a visitor of the explorer asked for and cannot have; the message names no path of this machine."""

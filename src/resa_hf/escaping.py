@@ -62,6 +62,13 @@ def shown_all(value: Any) -> Any:
     return shown(value) if isinstance(value, str) else value
 
 
+def without_token(value: Any) -> Any:
+    """The value without any `hub_token` that settings may hold."""
+    if isinstance(value, dict):
+        return {key: without_token(inner) for key, inner in value.items() if key != "hub_token"}
+    return [without_token(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _one_line(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 

@@ -18,8 +18,8 @@ def main(
     prog: str = "resa-hf run",
     description: str = __doc__ or "",
     needs_arms: bool = False,
-) -> None:
-    """Runs the command; `config` is the recipe where no flag names one."""
+) -> Path | None:
+    """Runs the command, and returns the output folder; `config` is the recipe where no flag names one."""
     from ..experiment.folder import RunFolder
     from ..experiment.pipeline import run_experiment
     from .dry_run import describe_run, take_dry_run
@@ -31,7 +31,8 @@ def main(
         raise ValueError("There is nothing to compare: the recipe needs a section `arms` with two or more.")
     if dry:
         print(describe_run(settings))
-        return
+        return None
     folder = RunFolder(Path(settings.run.output_dir))
     run_experiment(folder, settings)
     print(f"\nReport: {folder.root / 'report.md'}, report.json, report.png. Adapters: {folder.root / 'arms'}.")
+    return folder.root

@@ -35,20 +35,35 @@ def decode(
         limit (`int`):
             New tokens of a row at most.
     """
+    found: list[list[int]] = [[] for _ in prompts]
+    for step in decode_steps(model, prompts, draw, ends=ends, limit=limit):
+        for row, token in step:
+            found[row].append(token)
+            if token in ends or len(found[row]) == limit:
+                yield row, found[row]
+
+
+def decode_steps(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], draw: Draw, *, ends: set[int], limit: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yields the tokens of each step, `(row, token)` for every row that has not ended.
+
+    The model runs when the next step is asked for, and is left alone in between: others may use it then.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), prompts (sequence of `tuple[int, ...]`), draw (`Callable`), ends
+            (`set[int]`), limit (`int`):
+            As in [`decode`].
+    """
     cache, mask, logits = _prefill(model, prompts)
     position = mask.sum(1, keepdim=True) - 1
     rows = list(range(len(prompts)))
-    found: list[list[int]] = [[] for _ in prompts]
     for count in range(limit):
         tokens = draw(logits, rows, count)
-        going_on = []
-        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            found[row].append(token)
-            if token in ends or count + 1 == limit:
-                yield row, found[row]
-            else:
-                going_on.append(place)
-        if not going_on:
+        step = list(zip(rows, tokens.tolist(), strict=True))
+        yield step
+        going_on = [place for place, (_, token) in enumerate(step) if token not in ends]
+        if not going_on or count + 1 == limit:
             return
         if len(going_on) < len(rows):
             rows = [rows[place] for place in going_on]

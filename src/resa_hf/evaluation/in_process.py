@@ -20,7 +20,7 @@ from ..errors import IncompatibleAdapterError
 from ..hookpoints import causal_lm
 from ..modes import evaluating
 from ..text import encode_prompt
-from .decoding import decode
+from .decoding import Draw, decode
 from .engine import Completion, Sampling
 from .store import Key, Store
 
@@ -94,22 +94,34 @@ class TransformersEngine:
     def _batch(
         self, batch: list[Key], prompts: list[tuple[int, ...]], sampling: Sampling, ended: Callable[[], object]
     ) -> dict[Key, Completion]:
-        # The draws of a sample are its own, so that they depend neither on the batch nor on where a run was stopped.
-        uniform = np.stack(
-            [np.random.default_rng((sampling.seed, *key)).random(sampling.max_new_tokens, np.float32) for key in batch]
-        )
-
-        def draw(logits: Tensor, rows: list[int], count: int) -> Tensor:
-            return draw_tokens(logits, torch.from_numpy(uniform[rows, count]).to(logits.device), sampling)
-
-        model = _bare(self._model)
-        ends = _end_tokens(model, self.tokenizer)
+        model, draw = _bare(self._model), seeded_draw(batch, sampling)
+        ends = end_tokens(model, self.tokenizer)
         found = {}
         for row, tokens in decode(model, prompts, draw, ends=ends, limit=sampling.max_new_tokens):
             text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
             found[batch[row]] = Completion(text, len(tokens), tokens[-1] not in ends, tuple(tokens))
             ended()
         return found
+
+
+def seeded_draw(keys: Sequence[Key], sampling: Sampling) -> Draw:
+    """What draws the tokens of samples, one a row, for [`~resa_hf.evaluation.decoding.decode`].
+
+    Args:
+        keys (sequence of `tuple[int, int]`):
+            Numbers of problem and sample. The draws of a sample are its own, so that they depend neither on the batch
+            nor on where a run was stopped.
+        sampling (`Sampling`):
+            The settings.
+    """
+    uniform = np.stack(
+        [np.random.default_rng((sampling.seed, *key)).random(sampling.max_new_tokens, np.float32) for key in keys]
+    )
+
+    def draw(logits: Tensor, rows: list[int], count: int) -> Tensor:
+        return draw_tokens(logits, torch.from_numpy(uniform[rows, count]).to(logits.device), sampling)
+
+    return draw
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
@@ -143,7 +155,8 @@ def _bare(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return causal_lm(model)  # type: ignore[return-value]
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a completion: the model's own, or else the tokenizer's."""
     own: GenerationConfig | None = model.generation_config
     ends = own.eos_token_id if own is not None else None
     ends = tokenizer.eos_token_id if ends is None else ends

@@ -175,6 +175,17 @@ def make_arms(section: Mapping[str, Any] | None, pretrained: bool, has_source: b
     return arms
 
 
+def run_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, as its report has them, as `--config` takes them."""
+    sections = {name: section for name, section in settings.items() if name not in ("run", "arms")}
+    keys = ("sae_from", "known", "like", "adapter")
+    named = {
+        arm.name: {key: value for key in keys if (value := vars(arm)[key]) is not None} | dict(arm.tuning)
+        for arm in (Arm(**entry) for entry in settings["arms"])
+    }
+    return {**settings["run"], **sections, "arms": named}
+
+
 def _check_arm(arm: Arm, pretrained: bool, has_source: bool) -> None:
     if arm.known is not None and arm.adapter is not None:
         raise ValueError(f"Arm {arm.name!r} is both known ({arm.known}) and taken ({arm.adapter}): it can be one.")

@@ -77,6 +77,7 @@ def write_sweep_report(sweep: Sweep, failed: Mapping[str, str]) -> str:
         "comparisons": compared,
         "best": {name: asdict(found) for name, found in best.items()},
         "layers": None if layers is None else layers.plain,
+        "features": None if sweep.features is None else asdict(sweep.features),
         "costs": {name: cost.as_plain() for name, cost in costs.items()},
         "device": current_device(),
         "versions": versions(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -68,7 +68,17 @@ def write_page(path: Path, title: str, markdown: str, pictures: Pictures) -> Non
     Raises:
         `DataError`: if the Markdown does not show one of the pictures.
     """
-    renderer = _renderer(pictures)
+
+    def picture(address: str, _: str) -> str | None:
+        if address not in pictures:
+            return None
+        light, dark, alt = pictures[address]
+        return (
+            f'<picture class="wide"><source media="(prefers-color-scheme: dark)" srcset="{embedded(dark)}">'
+            f'<img src="{embedded(light)}" alt="{escape(alt)}"></picture>'
+        )
+
+    renderer = make_renderer(picture)
     tokens = renderer.parse(markdown)
     inline = [child for token in tokens for child in token.children or ()]
     missing = sorted(set(pictures) - {str(token.attrs["src"]) for token in inline if token.type == "image"})
@@ -80,26 +90,29 @@ def write_page(path: Path, title: str, markdown: str, pictures: Pictures) -> Non
         draft.write_text(page, encoding="utf-8", errors="replace")
 
 
-def _renderer(pictures: Pictures) -> MarkdownIt:
+def make_renderer(picture: Callable[[str, str], str | None]) -> MarkdownIt:
+    """A renderer of reports: HTML and links are shown as they are written, and nothing is read or asked for.
+
+    Args:
+        picture (`Callable[[str, str], str | None]`): HTML for an image, from its address and its alternative text;
+            `None`: the text is shown.
+    """
     from markdown_it import MarkdownIt
 
     def image(_: Any, tokens: Sequence[Token], at: int, *__: Any) -> str:
-        if (address := str(tokens[at].attrs["src"])) not in pictures:
-            return escape(tokens[at].content)
-        light, dark, alt = pictures[address]
-        return (
-            f'<picture class="wide"><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
-            f'<img src="{_data(light)}" alt="{escape(alt)}"></picture>'
-        )
+        alt = tokens[at].content
+        return picture(str(tokens[at].attrs["src"]), alt) or escape(alt)
 
     renderer = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "reference"])
     renderer.add_render_rule("image", image)
-    renderer.add_render_rule("table_open", lambda *_: '<div class="wide"><table>\n')
+    # What scrolls must be reached by the keyboard, too.
+    renderer.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0"><table>\n')
     renderer.add_render_rule("table_close", lambda *_: "</table></div>\n")
     return renderer
 
 
-def _data(picture: Path) -> str:
+def embedded(picture: Path) -> str:
+    """A PNG as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PublishError
-from ..experiment.arms import Arm, Candidate
+from ..escaping import without_token
+from ..experiment.arms import Arm, Candidate, run_recipe
 from ..experiment.folder import RunFolder, read_json
 from ..experiment.stages import ADAPTER, STAGE1
 from ..sae.checkpoint import list_saes
@@ -95,13 +96,7 @@ def read_report(path: Path) -> dict[str, Any]:
         raise PublishError(f"{path} is not a report of resa-hf: {error}") from error
     if not isinstance(content, dict):
         raise PublishError(f"{path} is not a report of resa-hf: it must hold a JSON object.")
-    return dict(_without_token(content))
-
-
-def _without_token(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_token(inner) for key, inner in value.items() if key != "hub_token"}
-    return [_without_token(inner) for inner in value] if isinstance(value, list) else value
+    return dict(without_token(content))
 
 
 def _in_run(folder: Path, report: Mapping[str, Any], wanted: str | None, seed: int | None) -> Found:
@@ -121,7 +116,7 @@ def _in_run(folder: Path, report: Mapping[str, Any], wanted: str | None, seed: i
         report=report,
         arm=arm.name,
         seed=seed,
-        recipe=_run_recipe(settings, arms),
+        recipe=run_recipe(settings),
         revisions=_revisions(report, adapter),
     )
     found = Found(record, adapter, report=folder)
@@ -147,17 +142,6 @@ def _chosen(arms: Sequence[Arm], wanted: str | None) -> Arm:
             return arm
     asked = "Several arms were trained" if wanted is None else f"There is no arm {wanted!r}"
     raise PublishError(f"{asked}: name one by --arm: {', '.join(repr(arm.name) for arm in arms)}.")
-
-
-def _run_recipe(settings: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
-    """The settings as `--config` takes them."""
-    sections = {name: section for name, section in settings.items() if name not in ("run", "arms")}
-    keys = ("sae_from", "known", "like", "adapter")
-    named = {
-        arm.name: {key: value for key in keys if (value := vars(arm)[key]) is not None} | dict(arm.tuning)
-        for arm in arms
-    }
-    return {**settings["run"], **sections, "arms": named}
 
 
 def _single(folder: Path, report: Mapping[str, Any] | None) -> Found:

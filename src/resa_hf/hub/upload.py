@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
@@ -15,6 +15,7 @@ from .retries import patiently, publish_errors
 
 # No pickle is among them: training_args.bin, optimizer.pt and their like stay here.
 KINDS = (".safetensors", ".json", ".jinja", ".md", ".model", ".png", ".txt", ".yaml")
+SPACE_KINDS = (*KINDS, ".py", ".whl")
 LICENCE_FILE = re.compile(r"(LICENSE|NOTICE)[\w-]*(\.md|\.txt)?", re.ASCII)
 MANIFEST = "published.json"
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
@@ -33,13 +34,14 @@ def check_repo_id(repo_id: str) -> None:
         raise PublishError(f"{repo_id!r} is not the name of a repository: owner/name.")
 
 
-def publishable(folder: Path) -> dict[str, Path]:
+def publishable(folder: Path, kinds: Collection[str] = KINDS) -> dict[str, Path]:
     """
     The files of a folder that may go up: those of a known kind, and licences. Hidden ones, and all others, stay where
     they are.
 
     Args:
         folder (`Path`): the folder.
+        kinds (collection of `str`, *optional*, defaults to `KINDS`): the suffixes of the known kinds.
 
     Returns:
         `dict[str, Path]`: by their paths inside the folder, `/` between the parts, sorted.
@@ -50,7 +52,7 @@ def publishable(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        is_known = path.suffix in KINDS or LICENCE_FILE.fullmatch(path.name) is not None
+        is_known = path.suffix in kinds or LICENCE_FILE.fullmatch(path.name) is not None
         if not path.is_file() or not is_known or any(part.startswith(".") for part in inside.parts):
             continue
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -67,6 +69,7 @@ def upload(
     branch: str | None = None,
     message: str,
     token: str | None = None,
+    repo_type: str = "model",
 ) -> CommitInfo:
     """
     Uploads the publishable files of a folder as one commit. The repository and the branch are made if missing.
@@ -77,7 +80,7 @@ def upload(
 
     Args:
         folder (`Path`), repo_id (`str`):
-            What, and the model repository, `owner/name`.
+            What, and the repository, `owner/name`.
         private (`bool`, *optional*, defaults to `False`):
             Make the repository private. One that is there already must be. `False`: as its owner's settings have it.
         branch (`str`, *optional*):
@@ -85,6 +88,7 @@ def upload(
         message (`str`):
             Title of the commit.
         token (`str`, *optional*): `None`: the saved one.
+        repo_type (`str`, *optional*, defaults to `"model"`): or `"space"`, which must be there, and may hold code.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: the commit; as a `str`, its URL.
@@ -95,36 +99,43 @@ def upload(
     check_repo_id(repo_id)
     api, revision = HfApi(token=token), branch or "main"
     with publish_errors(f"{repo_id} was not published.", token):
-        files = _listed(folder)
-        prepare_repo(repo_id, private=private, token=token)
-        parent = patiently(lambda: _head(api, repo_id, revision))
+        files = _listed(folder, SPACE_KINDS if repo_type == "space" else KINDS)
+        if repo_type == "model":
+            prepare_repo(repo_id, private=private, token=token)
+        parent = patiently(lambda: _head(api, repo_id, revision, repo_type))
         additions = {name: CommitOperationAdd(name, str(path)) for name, path in files.items()}
 
         def commit() -> CommitInfo:
-            head = _head(api, repo_id, revision)
-            there = _remote_files(api, repo_id, head)
+            head = _head(api, repo_id, revision, repo_type)
+            there = _remote_files(api, repo_id, head, repo_type)
             changed = [add for name, add in additions.items() if not _is_same(there.get(name), files[name])]
             if not changed:
-                url = f"{api.endpoint}/{repo_id}/commit/{head}"
+                url = f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}/commit/{head}"
                 return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=head)
             if head != parent:
                 raise PublishError(
                     f"{repo_id} was not published: somebody else has committed meanwhile. Look at it, then run the "
                     "same command again."
                 )
-            gone = [CommitOperationDelete(name) for name in _stale(api, repo_id, head, there) if name not in files]
+            stale = _stale(api, repo_id, head, there, repo_type)
+            gone = [CommitOperationDelete(name) for name in stale if name not in files]
             return api.create_commit(
-                repo_id, [*changed, *gone], commit_message=message, revision=revision, parent_commit=parent
+                repo_id,
+                [*changed, *gone],
+                commit_message=message,
+                repo_type=repo_type,
+                revision=revision,
+                parent_commit=parent,
             )
 
         return patiently(commit)
 
 
-def _listed(folder: Path) -> dict[str, Path]:
+def _listed(folder: Path, kinds: Collection[str]) -> dict[str, Path]:
     """The publishable files, and the list of them."""
-    files = {name: path for name, path in publishable(folder).items() if name != MANIFEST}
+    files = {name: path for name, path in publishable(folder, kinds).items() if name != MANIFEST}
     if not files:
-        raise PublishError(f"{folder} holds nothing to publish ({', '.join(KINDS)}).")
+        raise PublishError(f"{folder} holds nothing to publish ({', '.join(kinds)}).")
     for path in files.values():
         if path.suffix not in (".safetensors", ".png") and _TOKEN.search(path.read_bytes()):
             raise PublishError(f"{path} holds what looks like an access token of the Hub. Take it out first.")
@@ -161,19 +172,19 @@ def _make_repo(api: HfApi, repo_id: str, private: bool) -> None:
         )
 
 
-def _head(api: HfApi, repo_id: str, branch: str) -> str:
+def _head(api: HfApi, repo_id: str, branch: str, repo_type: str) -> str:
     """The commit at the head of the branch, which is made if missing."""
     try:
-        sha = api.model_info(repo_id, revision=branch).sha
+        sha = api.repo_info(repo_id, revision=branch, repo_type=repo_type).sha
     except RevisionNotFoundError:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-        sha = api.model_info(repo_id, revision=branch).sha
+        api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True)
+        sha = api.repo_info(repo_id, revision=branch, repo_type=repo_type).sha
     assert sha is not None, "asked for with every answer"
     return sha
 
 
-def _remote_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+def _remote_files(api: HfApi, repo_id: str, commit: str, repo_type: str) -> dict[str, RepoFile]:
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
@@ -188,11 +199,11 @@ def _is_same(there: RepoFile | None, here: Path) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
 
 
-def _stale(api: HfApi, repo_id: str, commit: str, there: Mapping[str, RepoFile]) -> list[str]:
+def _stale(api: HfApi, repo_id: str, commit: str, there: Mapping[str, RepoFile], repo_type: str) -> list[str]:
     """What an earlier upload has put into the repository."""
     if MANIFEST not in there:
         return []
-    path = Path(api.hf_hub_download(repo_id, MANIFEST, revision=commit))
+    path = Path(api.hf_hub_download(repo_id, MANIFEST, revision=commit, repo_type=repo_type))
     try:
         return [name for name in json.loads(path.read_text())["files"] if name in there]
     except (ValueError, KeyError, TypeError):

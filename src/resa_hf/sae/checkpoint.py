@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -172,8 +173,13 @@ def _listed(found: list[str]) -> str:
     return ", ".join(sorted(found)) or "none"
 
 
+def without_checkpoints(sae_ids: Iterable[str]) -> list[str]:
+    """Leaves out the checkpoints of a training run, and the copies that were published from it."""
+    return [sae_id for sae_id in sae_ids if not re.search(r"(^|/)(checkpoint-\d+|published)(/|$)", sae_id)]
+
+
 def _only_sae(place: Place, found: list[str]) -> str:
-    usual = [folder for folder in found if not re.search(r"(^|/)(checkpoint-\d+|published)(/|$)", folder)]
+    usual = without_checkpoints(found)
     if len(usual) == 1:
         return usual[0]
     if not usual:
@@ -187,14 +193,17 @@ def _only_sae(place: Place, found: list[str]) -> str:
 def _hub_saes(place: Place) -> list[str]:
     """Folders inside a place on the Hub that hold an SAE."""
     info = HfApi().model_info(place.name, revision=place.revision)
-    files = {PurePosixPath(sibling.rfilename) for sibling in info.siblings or []}
+    files = [PurePosixPath(sibling.rfilename) for sibling in info.siblings or []]
     root = PurePosixPath(place.subfolder or "")
-    folders = [path.parent for path in files if path.name == CONFIG_FILE and path.is_relative_to(root)]
-    return [
-        _checked(folder.relative_to(root).as_posix(), "the folder")
-        for folder in folders
-        if any(folder / name in files for name in _WEIGHTS)
-    ]
+    found = saes_among(path.relative_to(root) for path in files if path.is_relative_to(root))
+    return [_checked(folder, "the folder") for folder in found]
+
+
+def saes_among(paths: Iterable[PurePosixPath]) -> list[str]:
+    """The folders that hold an SAE, of all files' paths."""
+    files = set(paths)
+    folders = [path.parent for path in files if path.name == CONFIG_FILE]
+    return [folder.as_posix() for folder in folders if any(folder / name in files for name in _WEIGHTS)]
 
 
 def _cached(place: Place) -> Path:

@@ -7,6 +7,7 @@ trained on can be made again (`training_questions`), so that nobody tests on the
 
 import operator
 import random
+import re
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -64,6 +65,16 @@ def make_problem(rng: random.Random, min_steps: int = 3, max_steps: int = 8) -> 
         steps.append(f"{value}{symbol}{operand}={result}")
         value = result
     return Problem(question=f"{question} mod 10", trace=";".join(steps), answer=str(value))
+
+
+def answer_of(question: str) -> str | None:
+    """The answer to a chain that is written as in `Problem.question`, of any length; `None` for any other text."""
+    if re.fullmatch(r"[0-9]([+*-][0-9])* mod 10", question) is None:
+        return None
+    value = int(question[0])
+    for symbol, operand in re.findall(r"([+*-])([0-9])", question):
+        value = OPERATIONS[symbol](value, int(operand)) % 10
+    return str(value)
 
 
 def make_problems(count: int, seed: int, exclude: AbstractSet[str] = frozenset(), max_steps: int = 8) -> list[Problem]:
