@@ -26,4 +26,4 @@ class PublishError(ValueError):
 
 
 class ExploreError(ValueError):
-    """Something that a visitor of the explorer asked for and cannot have; the message names no path of this machine."""
+    """Something that a visitor of the explorer cannot have; the message names no path of this machine."""

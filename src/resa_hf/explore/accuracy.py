@@ -14,10 +14,10 @@ from ..evaluation.scoring import score
 from ..evaluation.tables import comparison_table
 from ..tiny.task import make_rows, training_questions
 from .bench import Opened, Workbench
+from .values import checked_text, checked_whole
 from .writing import (
     Side,
     checked_gold,
-    checked_number,
     checked_problem,
     checked_sampling,
     checked_strengths,
@@ -101,9 +101,9 @@ def tiny_problems(count: int, seed: int) -> list[tuple[str, str]]:
     Raises:
         `ExploreError`: for a count that is not 2 to 200, or a seed that is not 0 to 2^31 - 1.
     """
-    checked_number("The number of problems", count, MIN_PROBLEMS, MAX_PROBLEMS)
-    checked_number("seed", seed, 0, 2**31 - 1)
-    return [(row["problem"], row["answer"]) for row in make_rows(int(count), int(seed), exclude=_trained_on())]
+    count = checked_whole("The number of problems", count, MIN_PROBLEMS, MAX_PROBLEMS)
+    seed = checked_whole("seed", seed, 0, 2**31 - 1)
+    return [(row["problem"], row["answer"]) for row in make_rows(count, seed, exclude=_trained_on())]
 
 
 def problems_from_text(text: str) -> list[tuple[str, str]]:
@@ -116,9 +116,8 @@ def problems_from_text(text: str) -> list[tuple[str, str]]:
     Raises:
         `ExploreError`: for a line that is neither, with its number; for fewer than 2, or more than 200.
     """
-    if len(text) > _LONGEST:
-        raise ExploreError(f"{len(text):,} characters were pasted; at most {_LONGEST:,} are read.")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    pasted = checked_text("What was pasted", text, _LONGEST).splitlines()
+    lines = [(number, line) for number, line in enumerate(pasted, start=1) if line.strip()]
     if len(lines) > MAX_PROBLEMS:
         raise ExploreError(f"{len(lines):,} problems were pasted; at most {MAX_PROBLEMS} can be answered.")
     return _checked([_read(number, line) for number, line in lines])

@@ -23,6 +23,7 @@ from ..sae.autoencoder import SAELensSAE, TopKSAE
 from ..text import cot_text, encode_prompt
 from ..tiny.task import make_problems
 from ..tiny.tokenizer import build_tokenizer
+from .values import checked_text
 
 MOST_TOKENS = 2048
 _MOST_CHARACTERS = 100_000  # beyond, tokenising alone would keep other visitors waiting
@@ -206,9 +207,8 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if len(text) > _MOST_CHARACTERS:
-        raise ExploreError(f"The text has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are read.")
     # Half of a surrogate pair is no text, and tokenizers fail on it.
+    text = checked_text("The text", text, _MOST_CHARACTERS)
     return encode_prompt(text.encode(errors="replace").decode(), tokenizer)
 
 

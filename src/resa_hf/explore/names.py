@@ -26,8 +26,10 @@ def hub_uri(text: str, what: str) -> HfUri:
     Raises:
         `ExploreError`: for anything else: a path, a URL, a dataset, more than 200 characters.
     """
-    plain = text.strip()
     try:
+        if not isinstance(text, str):
+            raise ValueError("it is no text")
+        plain = text.strip()
         if len(plain) > _LONGEST:
             raise ValueError(f"it has {len(plain):,} characters, more than {_LONGEST}")
         plain = plain.removeprefix("hf://")
@@ -67,5 +69,6 @@ def hub_name(text: str, what: str) -> str:
     return f"{uri.id}{revision}{'/' if uri.path_in_repo else ''}{uri.path_in_repo}"
 
 
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+def _shortened(text: object) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 62 else f"{shown[:58]}...{shown[-1]}"

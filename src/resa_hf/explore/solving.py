@@ -9,10 +9,10 @@ from ..experiment.features import excluded
 from ..features.causal import amplify, edited
 from ..tiny.task import answer_of
 from .bench import Opened, Workbench
+from .values import checked_number
 from .writing import (
     Edit,
     checked_gold,
-    checked_number,
     checked_problem,
     checked_sampling,
     checked_strengths,

@@ -18,6 +18,7 @@ from ..evaluation.store import Key
 from ..hookpoints import causal_lm
 from ..text import encode_prompt, evaluation_prompt
 from .bench import Opened
+from .values import checked_number, checked_text, checked_whole
 
 MAX_CHARACTERS = 4_000  # of a problem
 MAX_GOLD = 500
@@ -144,9 +145,7 @@ def checked_gold(text: str) -> str:
 
 
 def _plain(text: str, what: str, longest: int) -> str:
-    text = text.strip()
-    if len(text) > longest:
-        raise ExploreError(f"{what} has {len(text):,} characters; at most {longest:,} are read.")
+    text = checked_text(what, text, longest)
     # Halves of surrogate pairs (Cs) cannot be encoded.
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")).strip()
 
@@ -159,8 +158,8 @@ def checked_sampling(seed: float, temperature: float, max_new_tokens: float) -> 
     """
     return Sampling(
         temperature=checked_number("temperature", temperature, 0, 2),
-        seed=_whole("seed", seed, 0, 2**31 - 1),
-        max_new_tokens=_whole("max_new_tokens", max_new_tokens, 1, 4096),
+        seed=checked_whole("seed", seed, 0, 2**31 - 1),
+        max_new_tokens=checked_whole("max_new_tokens", max_new_tokens, 1, 4096),
     )
 
 
@@ -171,20 +170,3 @@ def checked_strengths(adapters: Mapping[str, float]) -> list[float]:
         `ExploreError`: for a strength out of its range.
     """
     return [checked_number(f"The strength of {name!r}", strength, -2, 2) for name, strength in adapters.items()]
-
-
-def _whole(name: str, value: float, low: int, high: int) -> int:
-    if checked_number(name, value, low, high) != int(value):
-        raise ExploreError(f"{name} is {value}; it must be a whole number from {low} to {high:,}.")
-    return int(value)
-
-
-def checked_number(name: str, value: float, low: float, high: float) -> float:
-    """A number that a visitor has set.
-
-    Raises:
-        `ExploreError`: if it is none from `low` to `high`; NaN and infinity are none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ExploreError(f"{name} is {value!r}; it must be a number from {low:,} to {high:,}.")
-    return float(value)
