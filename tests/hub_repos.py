@@ -66,6 +66,7 @@ class Repo:
     repo_type: str
     private: bool = False
     gated: bool = False
+    hardware: str = "cpu-basic"  # of a Space
     all_commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 

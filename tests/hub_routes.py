@@ -70,6 +70,7 @@ def create_repo(hub: "HubServer", request: Request) -> Reply:
     if (repo_type, name) in hub.repos:
         raise RefusedError(409, f"You already created this {repo_type} repo", url=url)
     repo = Repo(name, repo_type, private=bool(asked.get("private")) or asked.get("visibility") == "private")
+    repo.hardware = asked.get("hardware") or repo.hardware
     repo.add(to_blobs({".gitattributes": GIT_ATTRIBUTES}), "initial commit")
     hub.repos[repo_type, name] = repo
     return to_json({"url": url, "name": name})
@@ -177,6 +178,8 @@ def repo_info(hub: "HubServer", request: Request, type: str, name: str, revision
     }
     if type == "model":
         told |= {"modelId": name, "library_name": card.get("library_name"), "pipeline_tag": card.get("pipeline_tag")}
+    if type == "space":
+        told["runtime"] = {"stage": "RUNNING", "hardware": {"current": None, "requested": repo.hardware}}
     return to_json(told)
 
 

@@ -151,6 +151,17 @@ def test_a_dry_run_asks_nothing_of_the_hub(
     assert hub.requests == []
 
 
+def test_a_space_that_is_there_keeps_its_hardware(
+    hub: HubServer, space: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch for its CPU came to a Space with a GPU, where the push after the first did not name it."""
+    quick_wheel(space, monkeypatch)
+    for hardware in ("zero-a10g", "cpu-basic"):
+        space.push("me/explorer", [], hardware)
+        text = hub.files("me/explorer", repo_type="space")["requirements.txt"].decode()
+        assert "download.pytorch.org/whl/cpu" not in text
+
+
 def test_what_cannot_be_pushed(
     hub: HubServer, space: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

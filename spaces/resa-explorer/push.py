@@ -41,7 +41,8 @@ def push(repo_id: str, results: Sequence[Path], hardware: str, *, dry_run: bool 
         results (sequence of `Path`):
             Output folders of commands, or folders that hold such.
         hardware (`str`):
-            What a new Space runs on, as the Hub calls it. All but `cpu-...` get torch with CUDA.
+            What a new Space runs on, as the Hub calls it; one that is there keeps its own. All but `cpu-...` get torch
+            with CUDA.
         dry_run (`bool`, *optional*, defaults to `False`):
             Upload nothing.
 
@@ -56,20 +57,22 @@ def push(repo_id: str, results: Sequence[Path], hardware: str, *, dry_run: bool 
         stage = Path(temporary)
         for name in ("app.py", "README.md"):
             shutil.copyfile(HERE / name, stage / name)
-        text = requirements(build_wheel(stage), repo_id, on_cpu=hardware.startswith("cpu-"))
-        (stage / "requirements.txt").write_text(text)
+        wheel = build_wheel(stage)
         copy_results(results, stage / "results")
+        publishable(stage, SPACE_KINDS)  # what is refused is refused before there is a Space
+        hardware = hardware if dry_run else make_space(repo_id, hardware)
+        text = requirements(wheel, repo_id, on_cpu=hardware.startswith("cpu-"))
+        (stage / "requirements.txt").write_text(text)
         sizes = {name: path.stat().st_size for name, path in publishable(stage, SPACE_KINDS).items()}
         print("\n".join(f"{size:>14,}  {name}" for name, size in {**sizes, "in all": sum(sizes.values())}.items()))
         if dry_run:
             return None
-        make_space(repo_id, hardware)
         return upload(stage, repo_id, message="Upload with resa-hf", repo_type="space")
 
 
 def build_wheel(target: Path) -> Path:
     """The package as it is in this checkout, as a wheel in `target`."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(target)]
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(target.resolve())]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if built.returncode != 0:
         why = built.stderr.strip().rpartition("\n")[2]
@@ -120,7 +123,7 @@ def _copy_result(result: Result, target: Path) -> None:
     told |= {path for folder in saes for path in folder.glob("*/cfg.json")}
     copied = [path for folder in adapters for path in folder.glob("adapter_model.safetensors")]
     copied += [path for folder in saes for path in folder.glob("*/*.safetensors")]
-    copied += [path for pattern in ("*.png", "pictures/*.png") for path in result.folder.glob(pattern)]
+    copied += [path for pattern in ("report*.png", "pictures/*.png") for path in result.folder.glob(pattern)]
     for path in sorted({*told, *copied}):
         if not path.is_file() or not path.resolve().is_relative_to(result.folder):
             continue
@@ -133,8 +136,8 @@ def _copy_result(result: Result, target: Path) -> None:
     (target / TEXT).write_text(report_text(result), encoding="utf-8")
 
 
-def make_space(repo_id: str, hardware: str) -> None:
-    """Makes the Space, if it is missing."""
+def make_space(repo_id: str, hardware: str) -> str:
+    """Makes the Space, if it is missing; returns what it runs on."""
     api = HfApi()
     with publish_errors(f"{repo_id} was not published."):
         patiently(
@@ -142,11 +145,13 @@ def make_space(repo_id: str, hardware: str) -> None:
                 repo_id, repo_type="space", space_sdk="gradio", space_hardware=hardware, exist_ok=True
             )
         )
-        if patiently(lambda: api.space_info(repo_id)).private:
+        space = patiently(lambda: api.space_info(repo_id))
+        if space.private:
             raise PublishError(
                 f"{repo_id} is private, and the Hub could not install the wheel from there. Make it public, or name "
                 "another Space; nothing was uploaded."
             )
+    return str((space.runtime and space.runtime.requested_hardware) or hardware)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
