@@ -65,3 +65,4 @@ bench: install  ## speed and memory, each against a baseline in the same run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation_speed.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/feature_extraction.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/top_examples_memory.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/explorer.py

@@ -2,9 +2,9 @@
 
 import json
 import re
+import time
 
 import pytest
-import torch
 from tiny_merged import LOCAL
 
 from resa_hf.adapters import load_reasoning_adapter
@@ -21,7 +21,7 @@ from resa_hf.tiny.task import answer_of, training_questions
 
 @pytest.fixture(scope="module")
 def bench():
-    return Workbench(LOCAL, device="cpu", dtype=torch.float32)
+    return Workbench(LOCAL, device="cpu")
 
 
 def test_accuracies_and_verdict_are_those_of_an_evaluation(bench, tiny_base, tiny_tokenizer):
@@ -129,3 +129,25 @@ def test_nothing_is_answered_that_cannot_be(bench):
             next(measure(bench, "tiny", {}, problems=problems))
     with pytest.raises(ExploreError, match="temperature is 3"):
         next(measure(bench, "tiny", {}, problems=[("1+1", "2")] * 2, temperature=3))
+
+
+def test_a_right_answer_that_takes_too_long_to_compare_stops_the_run(bench, monkeypatch):
+    """Two hundred of them would keep the one process that judges for all visitors for more than an hour."""
+    judged = []
+
+    def score(kind, completion, gold):
+        judged.append(gold)
+        time.sleep(0.2 if gold == "slow" else 0)
+        return False, None
+
+    monkeypatch.setattr("resa_hf.explore.accuracy.score", score)
+    monkeypatch.setattr("resa_hf.explore.accuracy._JUDGED_WITHIN", 0.1)
+    problems = [("1+2 mod 10", "3"), ("2+2 mod 10", "slow"), ("3+2 mod 10", "slow")]
+    with pytest.raises(ExploreError, match="Problem 2: it takes too long to tell whether an answer is 'slow'"):
+        list(measure(bench, "tiny", {}, problems=problems, max_new_tokens=8))
+    assert judged == ["3", "slow"]
+
+
+def test_more_tokens_than_one_visitor_may_have(bench):
+    with pytest.raises(ExploreError, match=r"200 answers of up to 513 tokens are too much .*: 512 tokens each"):
+        next(measure(bench, "tiny", {}, problems=[("1+2 mod 10", "3")] * 200, max_new_tokens=513))

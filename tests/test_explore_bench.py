@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeout
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ IDS = torch.tensor([[5, 17, 3, 41, 8, 50, 9]])
 
 
 def make_bench(local=None, **settings):
-    return Workbench(LOCAL | (local or {}), **{"device": "cpu", "dtype": torch.float32} | settings)
+    return Workbench(LOCAL | (local or {}), **{"device": "cpu"} | settings)
 
 
 @torch.no_grad()
@@ -158,3 +159,37 @@ def test_an_adapter_that_does_not_fit_is_refused_by_its_name(tmp_path, make_mode
 def test_offline_the_hub_is_not_asked():
     with pytest.raises(ExploreError, match="'owner/name' cannot be asked for: the Hub is switched off"):
         make_bench().open("owner/name")
+
+
+def test_an_adapter_waits_for_whoever_uses_its_model():
+    """Hooks and edits of another visitor were copied into the model with adapters, and stayed there for all."""
+    bench = make_bench()
+    base = bench.open("tiny")
+    with ThreadPoolExecutor(1) as pool:
+        with base.lock:
+            hook = base.base.model.layers[0].register_forward_hook(lambda *_: None)
+            opening = pool.submit(bench.open, "tiny", ["source"])
+            with pytest.raises(FuturesTimeout):
+                opening.result(timeout=1)
+            hook.remove()
+        tuned = opening.result(timeout=60).tuned
+    assert not any(module._forward_hooks for module in tuned.modules())
+
+
+def test_one_visitors_slow_model_keeps_nobody_else_waiting(monkeypatch):
+    slow = threading.Event()
+    load = bench_module.load_causal_lm
+
+    def wait(place, **kwargs):
+        if "slow" in str(place):
+            slow.wait(timeout=60)
+        return load(place, **kwargs)
+
+    monkeypatch.setattr(bench_module, "load_causal_lm", wait)
+    bench = make_bench({"slow": "me/slow"})
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(bench.open, "slow")
+        assert bench.open("tiny").model_name == "tiny"
+        slow.set()
+        with pytest.raises(ExploreError, match="'slow' cannot be loaded|cannot be loaded"):
+            waiting.result(timeout=60)

@@ -162,7 +162,7 @@ def test_examples_share_a_scale():
     assert [one["text"] for one in parsed.all(tag="li")] == ["a (8) b", "c (2) "]
     coloured = [one["class"] for one in parsed.of_class("resa-step") if "title" in one]
     assert coloured == ["resa-step resa-5", "resa-step resa-2"]
-    assert parsed.text.startswith("Latent 7") and parsed.text.endswith("Each colour, up to: 1.63.24.86.48")
+    assert parsed.text.startswith("Latent 7") and parsed.text.endswith("Each colour, up to: 1.6 3.2 4.8 6.4 8")
     assert Parsed(examples_html([])).text == "Active at no token."
 
 

@@ -1,6 +1,9 @@
 """The workbench and the Hub: public repositories by name, and why others are refused."""
 
+import errno
 import json
+import shutil
+import time
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ from adapter_files import save_adapter
 from transformers import AutoModelForCausalLM
 
 from resa_hf.errors import ExploreError
+from resa_hf.explore import bench as bench_module
+from resa_hf.explore import public
 from resa_hf.explore.bench import Workbench
 from resa_hf.sae.autoencoder import TopKSAE
 from resa_hf.sae.checkpoint import save_sae
@@ -24,7 +29,7 @@ def logits(model):
 
 @pytest.fixture
 def bench():
-    return Workbench(LOCAL, device="cpu", dtype=torch.float32)
+    return Workbench(LOCAL, device="cpu")
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def refused(bench, tmp_path):
     return message
 
 
-def test_model_adapter_and_sae_by_name(hub, bench, tiny_base, tmp_path):
+def test_model_adapter_and_sae_by_name(hub, bench, tmp_path):
     hub.create_repo("someone/model", folder=tiny_path("base"))
     hub.create_repo(
         "someone/adapters", files={f"runs/one/{p.name}": p.read_bytes() for p in tiny_path("source").iterdir()}
@@ -54,8 +59,11 @@ def test_model_adapter_and_sae_by_name(hub, bench, tiny_base, tmp_path):
         save_sae(TopKSAE(128, 256, 8, hookpoint=hookpoint), tmp_path / "saes" / hookpoint)
     hub.create_repo("someone/saes", folder=tmp_path / "saes")
     opened = bench.open("someone/model", ["someone/adapters/runs/one"])
-    assert torch.equal(logits(opened.base), logits(tiny_base))
-    of_folder = Workbench({"m": tiny_path("base"), "a": tiny_path("source")}, device="cpu", dtype=torch.float32)
+    assert torch.equal(
+        logits(opened.base), logits(AutoModelForCausalLM.from_pretrained(tiny_path("base"), dtype="auto"))
+    )
+    copied = shutil.copytree(tiny_path("base"), tmp_path / "base")
+    of_folder = Workbench({"m": copied, "a": tiny_path("source")}, device="cpu")
     assert torch.equal(logits(opened.tuned), logits(of_folder.open("m", ["a"]).tuned))
     assert not opened.is_tiny_reasoner
     hookpoint, sae = bench.sae("someone/saes", "layers.2")
@@ -126,6 +134,43 @@ def test_the_size_is_that_of_the_configuration_whatever_the_files_hold(hub, refu
     )  # 4 layers of 3 matrices of 128 x 4,000,000, and little else
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"num_hidden_layers": 10**12}, "has 1,000,000,000,000 layers or experts; at most 1,000"),
+        ({"text_config": {"num_experts": 10**6}}, "has 1,000,000 layers or experts"),
+        ({"vocab_size": 10**12}, "this server takes models of up to"),
+        ({"vocab_size": 10**30}, "cannot be loaded"),
+        # Each layer has a mask of positions squared.
+        (
+            {"model_type": "gpt_neo", "num_hidden_layers": 24, "layer_types": None, "max_position_embeddings": 10**6},
+            "has 24,000,000,0",
+        ),
+        ({"model_type": ["qwen2"]}, "which Transformers does not know"),
+    ],
+)
+def test_what_a_configuration_asks_for_is_refused_at_once(hub, refused, changed, told):
+    config = json.loads((tiny_path("base") / "config.json").read_text()) | changed
+    hub.create_repo("someone/hostile", files={"config.json": json.dumps(config), "model.safetensors": b"no matter"})
+    started = time.monotonic()
+    assert told in refused("someone/hostile", hub=hub)
+    assert time.monotonic() - started < 10
+
+
+def test_errors_of_this_machine_tell_no_path(hub, refused, monkeypatch, tmp_path):
+    hub.create_repo("someone/model", folder=tiny_path("base"))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "hub"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(public, "snapshot_download", full)
+        told = "'someone/model' cannot be fetched by this server: No space left on device."
+        assert refused("someone/model") == told
+    monkeypatch.setattr(bench_module, "load_causal_lm", full)
+    assert refused("someone/model") == "The model 'someone/model' cannot be loaded (OSError)."
+
+
 def test_many_bytes_are_refused_before_they_are_asked_for(hub, tmp_path):
     hub.create_repo("someone/adapter", folder=tiny_path("source"))
     small = Workbench(LOCAL, device="cpu", max_parameters=1_000)
@@ -181,3 +226,29 @@ def test_a_hub_that_does_not_answer(hub, bench):
         bench.open("someone/model")
     hub.heal()
     assert bench.open("someone/model").base.config.model_type == "qwen2"
+
+
+def test_an_index_of_shards_names_files_of_its_repository_alone(hub, refused, tmp_path, tiny_base):
+    """Transformers loaded `../private/model.safetensors` of another repository in the cache."""
+    tiny_base.save_pretrained(tmp_path / "private")
+    weights = dict.fromkeys(tiny_base.state_dict(), "../private/model.safetensors")
+    files = {
+        "model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weights}),
+        "model-1.safetensors": b"",
+    }
+    hub.create_repo("someone/elsewhere", files={**files, "config.json": tiny_base.config.to_json_string()})
+    told = "model.safetensors.index.json of 'someone/elsewhere' names files that are not there."
+    assert refused("someone/elsewhere", hub=hub) == told
+
+
+def test_only_so_many_models_at_once(hub, bench, tmp_path, tiny_base, tiny_tokenizer):
+    """Visitors who are in the middle of something hold a model that is no longer kept."""
+    tiny_base.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    for name in "abcd":
+        hub.create_repo(f"me/{name}", folder=tmp_path / "model")
+    held = [bench.open(f"me/{name}").base for name in "abc"]
+    with pytest.raises(ExploreError, match="Other visitors use as many models as this server can hold"):
+        bench.open("me/d")
+    del held
+    assert bench.open("me/d").model_name == "me/d"

@@ -32,7 +32,7 @@ def sae_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(sae_folder):
-    return Workbench(LOCAL | {"sae": sae_folder}, device="cpu", dtype=torch.float32)
+    return Workbench(LOCAL | {"sae": sae_folder}, device="cpu")
 
 
 def by_engine(model, tokenizer, problem=CHAIN, seed=0, temperature=1.0, limit=64):
@@ -99,7 +99,7 @@ def test_edited_latents(bench, with_source, tiny_base, tiny_tokenizer, sae_folde
 def test_special_tokens_on_which_the_sae_was_not_trained_pass_untouched(tiny_tokenizer, tmp_path):
     sae = TopKSAE(128, 64, 16, hookpoint="layers.1", seed=1, metadata={"exclude_special_tokens": list(range(56))})
     save_sae(sae, tmp_path)
-    bench = Workbench(LOCAL | {"sae": tmp_path}, device="cpu", dtype=torch.float32)
+    bench = Workbench(LOCAL | {"sae": tmp_path}, device="cpu")
     solution = last(bench, "tiny", {}, CHAIN, change=Change("sae", None, LATENTS, FACTOR))
     assert solution.tuned == solution.base
 
@@ -158,7 +158,7 @@ def test_half_way_and_after_closing_the_model_is_as_before(bench, with_source, c
 
 def test_an_error_in_a_step_leaves_the_model_as_before(with_source, tmp_path):
     save_sae(TopKSAE(64, 64, 16, hookpoint="layers.1"), tmp_path / "narrow")
-    other = Workbench(LOCAL | {"narrow": tmp_path / "narrow"}, device="cpu", dtype=torch.float32)
+    other = Workbench(LOCAL | {"narrow": tmp_path / "narrow"}, device="cpu")
     with pytest.raises(ValueError, match="128"):
         last(other, "tiny", {"source": 0.3}, CHAIN, change=Change("narrow", None, (1,), 0))
     opened = other.open("tiny", ["source"])
@@ -180,7 +180,8 @@ def test_solutions_grow_by_a_token_a_step(bench):
         for side, end in ((step.base, final.base), (step.tuned, final.tuned)):
             assert side.token_ids == end.token_ids[:count]
             assert side.finished == (count >= end.tokens)
-            assert side.correct is side.found is None
+            # Each is judged as soon as it ends, also while the other goes on.
+            assert (side.correct, side.found) == ((end.correct, end.found) if side.finished else (None, None))
             assert end.thinking.startswith(side.thinking)
     assert final.base.finished and final.tuned.finished
     assert final.prompt == f"User: {CHAIN}\nAssistant: <think>"

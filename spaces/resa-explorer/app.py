@@ -12,7 +12,8 @@ import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ from resa_hf.explore.results import STYLE as REPORT_STYLE
 
 FOR_VISITORS = ExploreError, HookpointError, IncompatibleAdapterError, IncompatibleSAEError, ConnectionError
 TITLE = """# resa-explorer
-Give a problem to a model, and to the same model with a reasoning adapter; watch both think; and look at the latents of
-a sparse autoencoder (SAE) while they do. Nothing to set up: press **Solve**."""
+A model solves a problem twice: as it is, and with a reasoning adapter. Press **Solve** and watch both think. Then
+**Look inside**: at the latents of a sparse autoencoder (SAE) while they do."""
 # Without thinking the base guesses the first; both solve the second; it guesses the third right.
 PROBLEMS = [PROBLEM, "5-7+2+4+9 mod 10", "4+2*5-7 mod 10"]
 TEXT = "User: 8+7*1*8 mod 10\nAssistant: <think>8+7=5;5*1=5;5*8=0</think><answer>0</answer>"
 LINKED = ("model", "adapters", "problem", "sae", "hookpoint", "text", "token", "latent")
+TABS = ("solve", "look", "layers", "results")
 LINK = f"""(...values) => {{ const url = new URL(location.origin + location.pathname);
   {list(LINKED)}.forEach((name, place) => [values[place] ?? []].flat().forEach(
     (value) => url.searchParams.append(name, value)));
+  url.searchParams.set("tab", document.querySelector("[role=tab][aria-selected=true]").dataset.tabId);
   history.replaceState(null, "", url); return url.href; }}"""
 # Of what is clicked in our HTML the number: a token has it in its title, a latent in its row.
 CLICKED = """element.addEventListener("click", (event) => {
@@ -42,11 +45,20 @@ CLICKED = """element.addEventListener("click", (event) => {
   else if (row) trigger("click", {number: parseInt(row.cells[0].textContent)}); });"""
 CSS = """
 .resa-tokens span, .resa-wide tbody tr { cursor: pointer; }
+.side h2 { font-size: var(--text-lg); margin: 0; }
 .recipe textarea { font-family: var(--font-mono); }
 .dark { --color-accent: var(--primary-400); }
+:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+input[type=range]::-webkit-slider-thumb { border: 1px solid var(--body-text-color-subdued); }
+input[type=range]::-moz-range-thumb { border: 1px solid var(--body-text-color-subdued); }
+input[role=combobox] { padding-right: 2em; text-overflow: ellipsis; }
+.fillable.app { padding: min(3vw, var(--size-8)); }
+@media (max-width: 640px) { button[role=tab] { padding: 0 var(--size-2); } }
 """
 # Gradio's own subdued text, main buttons and selected tabs have too little contrast in light.
-THEME = gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="ui-monospace").set(
+THEME = gr.themes.Default(
+    primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+).set(
     body_text_color_subdued="*neutral_600",
     block_info_text_color="*neutral_600",
     button_primary_background_fill="*primary_700",
@@ -62,7 +74,8 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def error(cause: Exception) -> gr.Error:
         if isinstance(cause, FOR_VISITORS):
-            return gr.Error(str(cause), duration=None, print_exception=False)
+            # Gradio shows it as HTML, and what somebody typed may be in it.
+            return gr.Error(escape(str(cause), quote=False), duration=None, print_exception=False)
         logging.getLogger(__name__).error("An endpoint failed.", exc_info=cause)
         return gr.Error("Something went wrong on the server. Its log says what.", print_exception=False)
 
@@ -87,8 +100,9 @@ def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
     """ZeroGPU lends its GPU to functions that are marked; on other hardware there is nothing to mark."""
     if "SPACES_ZERO_GPU" not in os.environ:
         return told(function)
-    # Not by `import`: for a type checker this folder is in one of that name.
-    return told(importlib.import_module("spaces").GPU(duration=120)(function))
+    # Not by `import`: for a type checker this folder is in one of that name. Around `told`, since it says itself when
+    # a visitor's quota is used up.
+    return importlib.import_module("spaces").GPU(duration=120)(told(function))
 
 
 def build(explorer: Explorer) -> gr.Blocks:
@@ -96,24 +110,14 @@ def build(explorer: Explorer) -> gr.Blocks:
     with gr.Blocks(title="resa-explorer", analytics_enabled=False) as page:
         gr.Markdown(TITLE)
         with gr.Row():
-            model = gr.Dropdown(
-                list(explorer.models),
-                value=TINY,
-                allow_custom_value=True,
-                min_width=240,
-                label="Model",
-                info="From the list, or owner/name of a public model on the Hub.",
+            model = choice(
+                explorer.models, TINY, "Model", "From the list, or owner/name of a public model on the Hub."
             )
-            adapters = gr.Dropdown(
-                list(explorer.adapters),
-                value=[SOURCE],
-                multiselect=True,
-                max_choices=4,
-                allow_custom_value=True,
-                min_width=240,
-                label="Adapters",
-                info="Up to four, acting together; from the list or the Hub.",
+            info, up_to = (
+                "Up to four, acting together; from the list or the Hub.",
+                {"multiselect": True, "max_choices": 4},
             )
+            adapters = choice(explorer.adapters, [SOURCE], "Adapters", info, **up_to)
             strength = gr.Slider(-2, 2, 1, step=0.1, label="Adapter strength", info="1 is as trained, 0 is the base.")
         with gr.Accordion("Sampling", open=False), gr.Row():
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="The same seed gives the same text.")
@@ -131,14 +135,11 @@ def build(explorer: Explorer) -> gr.Blocks:
             with gr.Tab("Results", id="results"):
                 results_tab(explorer)
         linked = [model, adapters, problem, *looked]
-        address = gr.Textbox(
-            label="Link to this view",
-            info="An address that carries model, adapters, problem, text and latent.",
-            buttons=["copy"],
-            interactive=False,
-        )
-        gr.Button("Make the link", size="sm").click(None, linked, address, js=LINK)
-        page.load(from_link, outputs=[*linked, tabs], api_visibility="private")
+        link = gr.Button("Make the link", size="sm")
+        info = "An address that carries model, adapters, problem, text and latent."
+        address = gr.Textbox(label="Link to this view", info=info, buttons=["copy"], interactive=False)
+        link.click(None, linked, address, js=LINK)
+        page.load(from_link, outputs=[*linked, tabs], show_progress="hidden", api_visibility="private")
     return page
 
 
@@ -148,8 +149,19 @@ def from_link(request: gr.Request) -> list[Any]:
     values: dict[str, Any] = {name: query.get(name, gr.skip()) for name in LINKED}
     values["adapters"] = query.getlist("adapters") or gr.skip()
     for name in ("token", "latent"):
-        values[name] = int(query.get(name)) if query.get(name, "").isdecimal() else gr.skip()
-    return [*values.values(), gr.Tabs(selected="look") if "latent" in query else gr.skip()]
+        # Without a value Gradio's own page shows 0, and gives that.
+        values[name] = None
+        try:
+            values[name] = int(query[name][:9]) if name in query else None
+        except ValueError:
+            gr.Warning(f"The address has a {name} that is no number.")
+    return [*values.values(), gr.Tabs(selected=query["tab"]) if query.get("tab") in TABS else gr.skip()]
+
+
+def choice(names: Iterable[str], value: Any, label: str, info: str, **settings: Any) -> gr.Dropdown:
+    """One of what this server offers, or a name on the Hub."""
+    settings |= {"label": label, "info": info, "allow_custom_value": True, "min_width": 240}
+    return gr.Dropdown(list(names), value=value, **settings)
 
 
 def beside(*labels: str, scales: tuple[int, int] = (1, 1), **settings: Any) -> list[gr.HTML]:
@@ -158,14 +170,16 @@ def beside(*labels: str, scales: tuple[int, int] = (1, 1), **settings: Any) -> l
     with gr.Row():
         for label, scale in zip(labels, scales, strict=True):
             with gr.Column(scale=scale, min_width=300):
-                shown.append(gr.HTML(label=label, show_label=bool(label), container=bool(label), **settings))
+                if label:
+                    gr.Markdown(f"## {label}", elem_classes="side")
+                shown.append(gr.HTML(label=label, **settings))
     return shown
 
 
-def buttons(*names: str) -> list[gr.Button]:
-    """The first of them is what a visitor came for."""
+def with_stop(name: str) -> tuple[gr.Button, gr.Button]:
+    """What starts something, and beside it what stops it."""
     with gr.Row():
-        return [gr.Button(name, variant="secondary" if place else "primary") for place, name in enumerate(names)]
+        return gr.Button(name, variant="primary", scale=3, min_width=200), gr.Button("Stop", scale=1, min_width=80)
 
 
 def solve_tab(explorer: Explorer, who: list[Any], sampling: list[Any]) -> tuple[gr.Textbox, gr.JSON]:
@@ -179,11 +193,9 @@ def solve_tab(explorer: Explorer, who: list[Any], sampling: list[Any]) -> tuple[
             min_width=240,
             info="For the tiny reasoner: a chain, from left to right, modulo 10.",
         )
-        gold = gr.Textbox(
-            label="Right answer", min_width=240, info="If you know it; the tiny reasoner's is worked out."
-        )
+        gold = gr.Textbox("", label="Right answer", min_width=240, info="If known; the tiny reasoner's is worked out.")
     gr.Examples(PROBLEMS, problem, label="Examples")
-    solve, stop = buttons("Solve", "Stop")
+    solve, stop = with_stop("Solve")
     shown, plain = beside("Base", "With adapters"), gr.JSON(visible=False)
     event = gr.on(
         [solve.click, problem.submit],
@@ -191,6 +203,7 @@ def solve_tab(explorer: Explorer, who: list[Any], sampling: list[Any]) -> tuple[
         [*who, problem, gold, *sampling],
         [*shown, plain],
         api_name="solve",
+        preprocess=False,
         concurrency_limit=4,
         show_progress="minimal",
     )
@@ -204,14 +217,11 @@ def solve_tab(explorer: Explorer, who: list[Any], sampling: list[Any]) -> tuple[
             info="A line each: question, tab, answer. Empty: chains that the tiny reasoner was not trained on.",
         )
         count = gr.Slider(10, 200, 50, step=10, label="How many", info="Where you give none of your own.")
-        run, halt = buttons("Run problems", "Stop")
+        run, halt = with_stop("Run problems")
         found, numbers = gr.HTML(), gr.JSON(visible=False)
+        values, measured = [*who, own, count, *sampling], [found, numbers]
         event = run.click(
-            on_gpu(explorer.accuracy),
-            [*who, own, count, *sampling],
-            [found, numbers],
-            api_name="accuracy",
-            concurrency_limit=2,
+            on_gpu(explorer.accuracy), values, measured, api_name="accuracy", preprocess=False, concurrency_limit=2
         )
         halt.click(None, cancels=event)
     return problem, plain
@@ -223,16 +233,14 @@ def look_tab(
     """Returns what a link to this tab carries."""
     names = list(explorer.saes)
     with gr.Row():
-        sae = gr.Dropdown(
-            names,
-            value=names[0] if names else None,
-            allow_custom_value=True,
-            label="SAE",
-            info="From the list, or owner/name of a public SAE on the Hub.",
-        )
-        hookpoint = gr.Textbox("", label="Hookpoint", info="Such as layers.2. Empty: the first that has an SAE.")
+        info = "From the list, or owner/name of a public SAE on the Hub."
+        sae = choice(names, names[0] if names else None, "SAE", info)
+        info = "Such as layers.2. Empty: the first that has an SAE."
+        hookpoint = gr.Textbox("", label="Hookpoint", min_width=240, info=info)
     text = gr.Textbox(TEXT, label="Text", lines=3, max_lines=12, info="A prompt, or what a model wrote.")
-    read, take = buttons("Read the text", "Take the last answer from Solve")
+    with gr.Row():
+        read = gr.Button("Read the text", variant="primary")
+        take = gr.Button("Take the last answer from Solve")
     with gr.Row():
         token = gr.Number(None, precision=0, label="Token", info="Click one. Empty: the whole text.")
         latent = gr.Number(None, precision=0, label="Latent", info="Click one. Empty: the strongest.")
@@ -241,6 +249,7 @@ def look_tab(
     examples, words = beside("", "", scales=(3, 1))
     linked, plain = [sae, hookpoint, text, token, latent], gr.JSON(visible=False)
     look: dict[str, Any] = {
+        "preprocess": False,
         "fn": on_gpu(explorer.look),
         "inputs": [*who, *linked],
         "outputs": [tokens, strongest, plain],
@@ -251,16 +260,23 @@ def look_tab(
     strongest.click(clicked_latent, outputs=latent, **private).then(**look, **private)
     take.click(told(last_answer), written, text, **private)
     examine.click(
-        on_gpu(explorer.latent), [who[0], sae, hookpoint, latent], [examples, words, plain], api_name="latent"
+        on_gpu(explorer.latent),
+        [who[0], sae, hookpoint, latent],
+        [examples, words, plain],
+        api_name="latent",
+        preprocess=False,
     )
-    factor = gr.Slider(-5, 10, 0, step=0.5, label="Factor", info="0 ablates the latent, 1 changes nothing.")
-    change, stop = buttons("Solve the problem with the latent changed", "Stop")
+    factor = gr.Slider(
+        -5, 10, 0, step=0.5, label="Factor", info="0 ablates it, 1 changes nothing. The problem is Solve's."
+    )
+    change, stop = with_stop("Solve the problem with the latent changed")
     shown, both = beside("Unchanged", "Changed"), gr.JSON(visible=False)
     event = change.click(
         on_gpu(explorer.change),
         [*who, sae, hookpoint, latent, factor, problem, *sampling],
         [*shown, both],
         api_name="change",
+        preprocess=False,
         concurrency_limit=4,
         show_progress="minimal",
     )
@@ -288,20 +304,15 @@ def last_answer(written: dict[str, Any] | None) -> str:
 def results_tab(explorer: Explorer) -> None:
     """A report, and its recipe."""
     names = list(explorer.results)
-    result = gr.Dropdown(
-        names,
-        value=names[0] if names else None,
-        allow_custom_value=True,
-        label="Result",
-        info="From the list, or owner/name of what resa-hf published on the Hub.",
-    )
+    info = "From the list, or owner/name of what resa-hf published on the Hub."
+    result = choice(names, names[0] if names else None, "Result", info)
     show = gr.Button("Show the report", variant="primary")
     shown = gr.HTML()
     with gr.Accordion("Recipe", open=False):
         recipe = gr.Textbox(
             label="YAML", lines=4, max_lines=24, interactive=False, buttons=["copy"], elem_classes="recipe"
         )
-    show.click(told(explorer.report), result, [shown, recipe], api_name="report")
+    show.click(told(explorer.report), result, [shown, recipe], api_name="report", preprocess=False)
 
 
 def main(results: Sequence[Path] = (), *, open_browser: bool = False) -> None:

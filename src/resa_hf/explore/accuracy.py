@@ -1,6 +1,7 @@
 """Many problems: the accuracies of a model without and with adapters, and whether they differ."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,8 @@ from .writing import (
 MIN_PROBLEMS, MAX_PROBLEMS = 2, 200  # of one, nothing can be said
 MARGIN = 0.02  # below which a difference counts as none: that of `resa-hf evaluate`
 _BATCH = 16
+_MAX_TOKENS = 102_400  # of all answers of a side: 200 of 512
+_JUDGED_WITHIN = 4  # seconds
 _LONGEST = MAX_PROBLEMS * 5_000  # characters that are pasted
 
 
@@ -72,7 +75,8 @@ def measure(
 ) -> Iterator[Measured]:
     """Lets the model without and with adapters answer the same problems once each; yields after every step.
 
-    Answers are those of an evaluation with the same seed and settings, but for the rounding of other batches.
+    Answers are those of an evaluation with the same seed and settings, but for the rounding of other batches, and near
+    the context's end.
 
     Args:
         bench, model, adapters, seed, temperature, max_new_tokens: as in [`~resa_hf.explore.solving.solve`].
@@ -83,6 +87,11 @@ def measure(
     """
     sampling, strengths = checked_sampling(seed, temperature, max_new_tokens), checked_strengths(adapters)
     checked = _checked(problems)
+    if len(checked) * sampling.max_new_tokens > _MAX_TOKENS:
+        raise ExploreError(
+            f"{len(checked)} answers of up to {sampling.max_new_tokens:,} tokens are too much for a server that is "
+            f"shared: {_MAX_TOKENS // len(checked):,} tokens each can be had."
+        )
     opened = bench.open(model, list(adapters))
     both = sides(opened, strengths)
     answered = [_Answered([], [], []) for _ in both]
@@ -169,10 +178,15 @@ def _answer(
         written = [step or before for step, before in zip(steps, written, strict=True)]
         yield
     for rows, side in zip(written, answered, strict=True):
-        for tokens, (_, gold) in zip(rows, batch, strict=True):
+        for number, (tokens, (_, gold)) in enumerate(zip(rows, batch, strict=True), start=start + 1):
+            began = time.monotonic()
             side.correct.append(score("math", text_of(opened, tokens), gold)[0])
+            # One process judges for all visitors, and an answer such as 9^{9^{9}} keeps it as long as it may.
+            if time.monotonic() - began > _JUDGED_WITHIN:
+                raise ExploreError(f"Problem {number}: it takes too long to tell whether an answer is {gold!r}.")
             side.lengths.append(len(tokens))
             side.truncated.append(not has_ended(opened, tokens))
+            yield
 
 
 def _found(names: Sequence[str], answered: Sequence[_Answered]) -> Measured:

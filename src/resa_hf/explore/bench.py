@@ -1,18 +1,21 @@
 """Models, adapters and SAEs that several visitors use at once."""
 
 import copy
+import gc
 import logging
+import re
 import threading
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import constants
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,12 +33,23 @@ from ..sae.layouts import CONFIG_FILE, SAE_LENS_WEIGHTS, SPARSIFY_WEIGHTS
 from ..tiny import tiny_path
 from ..untrusted import read_json_object
 from .kept import Kept
-from .names import hub_name
+from .names import hub_name, hub_uri
 from .public import PublicFolder, public_folder
 
 SAE = TopKSAE | SAELensSAE
 MAX_ADAPTERS = 4
+_MAX_LAYERS = 1_000
+_KEPT_ADAPTERS = 8  # sets of them, on each model
+_INDEX = "model.safetensors.index.json"
+# What Transformers reads beside the weights.
+_MODEL_FILES = (
+    *("config.json", "generation_config.json", _INDEX, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+)
+_MAX_WITHOUT_WEIGHTS = 100_000_000  # bytes
 
+# From a root, through a folder; addresses have one more slash before it.
+_PATH = re.compile(r"(?<![\w./~-])/[\w.-]+/|[A-Za-z]:\\")
 _logger = logging.getLogger(__name__)
 _BYTES = 4  # of a parameter in float32, the widest in which weights are published
 
@@ -55,6 +69,8 @@ class Opened:
             The model's.
         lock (`threading.Lock`):
             To be held by whoever runs `base` or `tuned`, or changes what they compute: both for a moment only.
+        is_own (`bool`):
+            Whether this server offers the model; otherwise a visitor has named it, and nothing in it is trusted.
         is_tiny_reasoner (`bool`):
             Whether the model is the shipped one, which reads arithmetic from left to right, modulo 10.
     """
@@ -64,6 +80,7 @@ class Opened:
     tuned: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     lock: threading.Lock = field(repr=False)
+    is_own: bool = True
     is_tiny_reasoner: bool = False
 
     @contextmanager
@@ -90,6 +107,13 @@ class Opened:
         return [module for module in self.tuned.modules() if isinstance(module, LoraLayer)]
 
 
+class _Base(NamedTuple):
+    """A model without adapters, and those with its tensors and adapters that were used last."""
+
+    opened: Opened
+    with_adapters: Kept[Opened]
+
+
 class Workbench:
     """Models, adapters and SAEs that several visitors use at once.
 
@@ -103,11 +127,10 @@ class Workbench:
         device (`str`, *optional*):
             Where models run; the accelerator if there is one.
         kept (`int`, *optional*, defaults to `2`):
-            How many models with their adapters, and how many SAEs, stay in memory: those used last.
+            How many of its own models, of the models that visitors name, and of SAEs, stay in memory: those used last.
+            Of the models that visitors name there is never more than one beside these.
         max_parameters (`int`, *optional*, defaults to 4 billion):
             Of a model that is loaded from the Hub by a visitor. Adapters and SAEs may be as large in bytes.
-        dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
-            Of models; `"auto"` as stored.
     """
 
     def __init__(
@@ -117,13 +140,14 @@ class Workbench:
         device: str | None = None,
         kept: int = 2,
         max_parameters: int = 4_000_000_000,
-        dtype: torch.dtype | str = "auto",
     ) -> None:
         self._local = {name: _settled(str(place)) for name, place in local.items()}
         self._device = runnable_device() if device is None else torch.device(device)
         self._max_parameters = max_parameters
-        self._dtype = dtype
-        self._models: Kept[Opened] = Kept(kept)
+        self._kept = kept
+        self._own: Kept[_Base] = Kept(kept)
+        self._named: Kept[_Base] = Kept(kept)
+        self._alive: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         self._saes: Kept[tuple[str, SAE]] = Kept(kept)
 
     def open(self, model: str, adapters: Sequence[str] = ()) -> Opened:
@@ -139,7 +163,11 @@ class Workbench:
             raise ExploreError(f"At most {MAX_ADAPTERS} adapters act at once, each given once; not {len(adapters)}.")
         model = self._plain(model, "model")
         names = tuple(self._plain(adapter, "adapter") for adapter in adapters)
-        return self._models.get((model, names), lambda: self._open(model, names))
+        bases = self._own if model in self._local else self._named
+        base = bases.get(model, lambda: _Base(self._load_model(model), Kept(_KEPT_ADAPTERS)))
+        if not names:
+            return base.opened
+        return base.with_adapters.get(names, lambda: self._with_adapters(base.opened, names))
 
     def sae(self, name: str, hookpoint: str | None = None) -> tuple[str, SAE]:
         """Loads an SAE, or finds it loaded.
@@ -158,39 +186,54 @@ class Workbench:
         return self._saes.get((name, hookpoint), lambda: self._load_sae(name, hookpoint))
 
     def _plain(self, text: str, what: str) -> str:
-        return text if text in self._local else hub_name(text, what)
+        known = isinstance(text, str) and text in self._local
+        return text if known else hub_name(text, what)
 
-    def _open(self, model: str, adapters: Sequence[str]) -> Opened:
-        opened = next((opened for opened in self._models.values() if opened.model_name == model), None)
-        opened = opened or self._load_model(model)
-        tuned: PreTrainedModel | PeftModel = opened.base
-        if adapters:
-            # Modules of its own, so that adapters and hooks on one do not act on the other; the tensors are shared.
-            tensors = chain(opened.base.parameters(), opened.base.buffers())
-            tuned = copy.deepcopy(opened.base, {id(tensor): tensor for tensor in tensors})
-        for number, adapter in enumerate(adapters):
-            folder = self._fetched(adapter, "adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-            with _told({folder: adapter, str(opened.base.name_or_path): model}, f"The adapter {adapter!r}"):
+    def _with_adapters(self, opened: Opened, adapters: Sequence[str]) -> Opened:
+        wanted = ADAPTER_CONFIG, ADAPTER_WEIGHTS
+        folders = {adapter: self._fetched(adapter, "adapter", wanted) for adapter in adapters}
+        # Modules of its own, so that adapters and hooks on one do not act on the other; the tensors are shared. Hooks
+        # of a visitor who is in the middle of something would be copied, too.
+        tensors = chain(opened.base.parameters(), opened.base.buffers())
+        with opened.lock:
+            tuned: Any = copy.deepcopy(opened.base, {id(tensor): tensor for tensor in tensors})
+        for number, (adapter, folder) in enumerate(folders.items()):
+            with _told(
+                {folder: adapter, str(opened.base.name_or_path): opened.model_name}, f"The adapter {adapter!r}"
+            ):
                 tuned = load_reasoning_adapter(tuned, folder, name=_adapter_name(number))
-        return Opened(
-            model, opened.base, tuned.eval(), opened.tokenizer, opened.lock, is_tiny_reasoner=opened.is_tiny_reasoner
-        )
+        return replace(opened, tuned=tuned.eval())
 
     def _load_model(self, name: str) -> Opened:
-        if name in self._local:
-            place = self._local[name]
-        else:
-            found = public_folder(name, "model")
-            self._check_model(found)
-            place = str(found.fetch(_model_files(found.sizes), _BYTES * self._max_parameters))
+        is_own = name in self._local
+        place = self._local[name] if is_own else str(self._fetch_model(public_folder(name, "model")))
         with _told({place: name}, f"The model {name!r}"):
-            base = load_causal_lm(place, dtype=self._dtype).to(self._device).eval()  # type: ignore[arg-type]  # torch's
-            tokenizer = load_tokenizer(place)
-            if name not in self._local:
-                # What tells which adapters were trained on it.
-                base.config._name_or_path = base.name_or_path = found.repo
+            # Models run as they are stored; the tiny reasoner as its reports were measured.
             is_tiny_reasoner = place == str(tiny_path("base").resolve())
-        return Opened(name, base, base, tokenizer, threading.Lock(), is_tiny_reasoner)
+            dtype = torch.float32 if is_tiny_reasoner else "auto"
+            base = load_causal_lm(place, dtype=dtype).to(self._device).eval()  # type: ignore[arg-type]  # torch's
+            tokenizer = load_tokenizer(place)
+            if not is_own:
+                # What tells which adapters were trained on it.
+                base.config._name_or_path = base.name_or_path = hub_uri(name, "model").id
+                self._alive.add(base)
+        return Opened(name, base, base, tokenizer, threading.Lock(), is_own, is_tiny_reasoner)
+
+    def _fetch_model(self, found: PublicFolder) -> Path:
+        self._check_model(found)
+        folder = found.fetch(_MODEL_FILES, _MAX_WITHOUT_WEIGHTS)
+        index = folder / _INDEX
+        if index.is_file():
+            shards = read_json_object(index, folder, ExploreError).get("weight_map")
+            # Transformers reads whatever file it names, also one outside the folder.
+            if not isinstance(shards, dict) or not all(shard in found.sizes for shard in map(str, shards.values())):
+                raise ExploreError(f"{_INDEX} of {found.name!r} names files that are not there.")
+        if len(self._alive) > self._kept:
+            gc.collect()
+        if len(self._alive) > self._kept:
+            raise ExploreError("Other visitors use as many models as this server can hold: try again in a minute.")
+        weights = [name for name in found.sizes if re.fullmatch(r"model[^/]*\.safetensors", name)]
+        return found.fetch(weights, _BYTES * self._max_parameters)
 
     def _check_model(self, found: PublicFolder) -> None:
         """Before weights are downloaded."""
@@ -203,10 +246,15 @@ class Workbench:
             )
         folder = found.fetch(["config.json"], 2**20)
         with _told({str(folder): found.name}, f"The model {found.name!r}"):
-            kind = read_json_object(folder / "config.json", folder, ExploreError).get("model_type")
-            if kind not in CONFIG_MAPPING:
+            config = read_json_object(folder / "config.json", folder, ExploreError)
+            kind = config.get("model_type")
+            if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
                 raise ExploreError(f"{found.name!r} is a {kind!r} model, which Transformers does not know by itself.")
-            count = load_skeleton(str(folder)).num_parameters()
+            if (layers := max(_layers(config), default=0)) > _MAX_LAYERS:
+                raise ExploreError(f"{found.name!r} has {layers:,} layers or experts; at most {_MAX_LAYERS:,} can be.")
+            skeleton = load_skeleton(str(folder))
+            # Buffers are not stored: what they take is known from the configuration alone, such as masks by position.
+            count = max(skeleton.num_parameters(), sum(buffer.numel() for buffer in skeleton.buffers()))
             if count > self._max_parameters:
                 raise ExploreError(
                     f"{found.name!r} has {count:,} parameters; this server takes models of up to "
@@ -248,15 +296,13 @@ def _adapter_name(number: int) -> str:
     return f"adapter-{number}"
 
 
-def _model_files(paths: Collection[str]) -> list[str]:
-    """What Transformers reads: no checkpoints in folders, and no second copy of the weights in another format."""
-    names = [path for path in paths if "/" not in path]
-    return [
-        name
-        for name in names
-        if name.endswith((".json", ".txt", ".jinja", ".model"))
-        or (name.startswith("model") and name.endswith(".safetensors"))
-    ]
+def _layers(config: Mapping[str, Any]) -> Iterator[int]:
+    """How many layers or experts a configuration gives, and those inside it: modules, which take long to make."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _layers(value)
+        elif isinstance(value, int) and key.endswith(("layer", "layers", "experts", "depth", "blocks")):
+            yield value
 
 
 def _chosen(name: str, sae_ids: Sequence[str], hookpoint: str | None) -> str:
@@ -276,10 +322,11 @@ def _told(names: Mapping[str, str], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a stranger's files may break any library in any way
-        if not isinstance(error, ValueError | OSError):
+        text = str(error)
+        for folder, name in names.items():
+            text = text.replace(folder, name)
+        ours = isinstance(error, ExploreError)  # a path in it is what a visitor typed
+        if not ours and (not isinstance(error, ValueError | OSError) or _PATH.search(text)):
             _logger.exception("%s cannot be loaded", what)
             raise ExploreError(f"{what} cannot be loaded ({type(error).__name__}).") from None
-        text = str(error)
-        for folder, name in {**names, constants.HF_HOME: "the cache"}.items():
-            text = text.replace(folder, name)
         raise ExploreError(text) from None

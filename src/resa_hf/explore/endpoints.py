@@ -1,6 +1,7 @@
 """What the explorer's page shows and its API answers: plain values in; HTML, and the same as plain values, out."""
 
 import contextlib
+import reprlib
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from ..errors import ExploreError
 from .html import answer_html, examples_html, table_html, tokens_html
 from .layers import layers_html
 from .results import adapters_of, find_results, hub_result, recipe_of, result_html, saes_of
+from .values import checked_text, checked_whole
 
 if TYPE_CHECKING:
     from .accuracy import Measured
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 
 TINY, SOURCE = "tiny reasoner", "source (LoRA and GRPO)"
 PROBLEM = "8+7*1*8 mod 10"
-_MAX_PARAMETERS = 2_000_000_000  # three such models, one of them on its way, fit into a free Space's 16 GB
+_MAX_PARAMETERS = 2_000_000_000  # three such models in bfloat16 fit into a free Space's 16 GB
+_LONGEST = 1_000  # characters of a name
+_EXAMPLE_TEXTS = 64  # in which examples of a latent are looked for, while other visitors wait
 _PAUSE = 0.05  # seconds between two pictures of a text that grows
 
 Step = TypeVar("Step")
@@ -92,8 +96,8 @@ class Explorer:
         from .solving import solve
 
         sampling: Plain = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
-        strengths = dict.fromkeys(adapters, strength)
-        for solution in _paced(solve(self.bench, model, strengths, problem, gold=right_answer, **sampling)):
+        strengths = _strengths(adapters, strength)
+        for solution in _paced(solve(self.bench, model, strengths, problem, gold=right_answer or "", **sampling)):
             yield _both(solution)
 
     def accuracy(
@@ -110,11 +114,14 @@ class Explorer:
         """Answers problems without and with the adapters: accuracies with 95% intervals, and the verdict."""
         from .accuracy import measure, problems_from_text, tiny_problems
 
-        if not problems.strip() and model != TINY:
+        if str(problems or "").strip():
+            chosen = problems_from_text(problems)
+        elif model == TINY:
+            chosen = tiny_problems(count, seed)
+        else:
             raise ExploreError("Paste problems for this model to answer: only the tiny reasoner has some of its own.")
-        chosen = problems_from_text(problems) if problems.strip() else tiny_problems(count, seed)
         sampling: Plain = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
-        strengths = dict.fromkeys(adapters, strength)
+        strengths = _strengths(adapters, strength)
         for found in _paced(measure(self.bench, model, strengths, problems=chosen, **sampling)):
             yield _measured(found), vars(found)
 
@@ -130,16 +137,22 @@ class Explorer:
         latent: int | None = None,
     ) -> tuple[str, str, Plain]:
         """Colours the tokens of a text by a latent, and lists the strongest latents of a token or of the text."""
-        from .latents import read
+        from .latents import MOST_CHARACTERS, read
+        from .writing import checked_strengths
 
+        text = checked_text("The text", text, MOST_CHARACTERS)
+        strengths = _strengths(adapters, strength)
         where, loaded = self._sae(sae, hookpoint)
-        opened = self.bench.open(model, adapters)
-        with opened.lock, opened.at_strengths([strength] * len(adapters)) as tuned:
+        opened = self.bench.open(model, list(strengths))
+        with opened.lock, opened.at_strengths(checked_strengths(strengths)) as tuned:
             reading = read(tuned, opened.tokenizer, where, loaded, text)
+        if token is not None:
+            token = checked_whole("token", token, 0, len(reading.tokens) - 1)
         strongest = reading.strongest(token)
         if latent is None:
             latent = strongest[0][0] if strongest else 0
-        values = reading.of_latent(_latent(latent, loaded))
+        latent = _latent(latent, loaded)
+        values = reading.of_latent(latent)
         shown = tokens_html(reading.tokens, values, chosen=token, caption=f"Latent {latent} at {where}")
         title = f"Strongest latents {'of the text' if token is None else f'of token {token}'}"
         table = table_html(["latent", "value"], [[str(one), value] for one, value in strongest], title)
@@ -153,7 +166,7 @@ class Explorer:
         where, loaded = self._sae(sae, hookpoint)
         number, opened = _latent(latent, loaded), self.bench.open(model)
         with opened.lock:
-            found = look_up(opened.base, opened.tokenizer, where, loaded, number, tiny_texts())
+            found = look_up(opened.base, opened.tokenizer, where, loaded, number, tiny_texts(_EXAMPLE_TEXTS))
         examples = [(tokens, one.values) for tokens, one in zip(found.tokens, found.examples, strict=True)]
         name = f"latent {number} at {where}"
         words = table_html(["token", "logit"], [list(row) for row in found.promoted], f"Nearest to {name}")
@@ -178,9 +191,9 @@ class Explorer:
         from .solving import Change, solve
 
         number = _latent(latent, self._sae(sae, hookpoint)[1])
-        edit = Change(sae, hookpoint.strip() or None, (number,), factor)
+        edit = Change(sae, _hookpoint(hookpoint), (number,), factor)
         sampling: Plain = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
-        strengths = dict.fromkeys(adapters, strength)
+        strengths = _strengths(adapters, strength)
         for solution in _paced(solve(self.bench, model, strengths, problem, change=edit, **sampling)):
             yield _both(solution)
 
@@ -190,18 +203,28 @@ class Explorer:
 
     def report(self, result: str) -> tuple[str, str]:
         """The report of a result that is offered, or of a repository on the Hub, and the recipe that repeats it."""
-        found = self.results.get(result) or hub_result(result or "")
+        found = self.results.get(result) if isinstance(result, str) else None
+        found = found or hub_result(result or "")
         return result_html(found), recipe_of(found)
 
     def _sae(self, sae: str, hookpoint: str) -> "tuple[str, SAE]":
-        return self.bench.sae(sae or "", hookpoint.strip() or None)
+        return self.bench.sae(sae or "", _hookpoint(hookpoint))
+
+
+def _strengths(adapters: list[str], strength: float) -> dict[str, float]:
+    if not isinstance(adapters, list):
+        raise ExploreError(f"adapters is {reprlib.repr(adapters)}; it must be a list of names.")
+    return {checked_text("An adapter's name", name, _LONGEST): strength for name in adapters}
+
+
+def _hookpoint(hookpoint: str | None) -> str | None:
+    return checked_text("The hookpoint", hookpoint or "", _LONGEST).strip() or None
 
 
 def _latent(latent: int | None, sae: "SAE") -> int:
-    if latent is None or not 0 <= latent < sae.num_latents:
-        given = "No latent is given" if latent is None else f"There is no latent {latent}"
-        raise ExploreError(f"{given}; the SAE has latents 0 to {sae.num_latents - 1:,}.")
-    return latent
+    if latent is None:
+        raise ExploreError(f"No latent is given; the SAE has latents 0 to {sae.num_latents - 1:,}.")
+    return checked_whole("latent", latent, 0, sae.num_latents - 1)
 
 
 def _paced(steps: Iterator[Step]) -> Iterator[Step]:

@@ -138,7 +138,7 @@ def _with_width(token: str) -> str:
 def _figure(caption: str, body: str, largest: float) -> str:
     head = f'<figcaption class="resa-label">{escape(visible(caption))}</figcaption>' if caption else ""
     limits = (f"{largest * step / _STEPS:.3g}" for step in range(1, _STEPS + 1))
-    swatches = "".join(f'<span class="resa-step resa-{step}">{limit}</span>' for step, limit in enumerate(limits, 1))
+    swatches = " ".join(f'<span class="resa-step resa-{step}">{limit}</span>' for step, limit in enumerate(limits, 1))
     scale = f'<div class="resa-scale">Each colour, up to: {swatches}</div>' if largest else "Active at no token."
     return f'<figure class="resa">{head}{body}{scale}</figure>'
 

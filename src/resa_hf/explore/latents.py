@@ -26,7 +26,7 @@ from ..tiny.tokenizer import build_tokenizer
 from .values import checked_text
 
 MOST_TOKENS = 2048
-_MOST_CHARACTERS = 100_000  # beyond, tokenising alone would keep other visitors waiting
+MOST_CHARACTERS = 100_000  # beyond, tokenising alone would keep other visitors waiting
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # Half of a surrogate pair is no text, and tokenizers fail on it.
-    text = checked_text("The text", text, _MOST_CHARACTERS)
+    text = checked_text("The text", text, MOST_CHARACTERS)
     return encode_prompt(text.encode(errors="replace").decode(), tokenizer)
 
 

@@ -1,6 +1,8 @@
 """Public repositories on the Hub: what they hold, and those files of them that are wanted."""
 
 import glob
+import logging
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from ..downloads import hub_errors
 from ..errors import ExploreError
 from .names import hub_name, hub_uri
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class PublicFolder:
             `Path`: the folder on this machine. It may hold other files that were fetched before.
 
         Raises:
-            `ExploreError`: if they are larger, or may not be read.
-            `OSError`: if the Hub cannot be reached, or the disk is full.
+            `ExploreError`: if none is there, or they are larger, or may not be read, or the disk is full.
+            `ConnectionError`: if the Hub cannot be reached.
         """
         present = [path for path in wanted if path in self.sizes]
+        if wanted and not present:
+            raise ExploreError(f"{self.name!r} holds none of these: {', '.join(wanted)}.")
         size = sum(self.sizes[path] for path in present)
         if size > max_bytes:
             raise ExploreError(
@@ -70,7 +76,7 @@ def public_folder(text: str, what: str) -> PublicFolder:
 
     Raises:
         `ExploreError`: if there is no such repository, revision or folder, or it is private or gated.
-        `OSError`: if the Hub cannot be reached.
+        `ConnectionError`: if the Hub cannot be reached.
     """
     uri = hub_uri(text, what)
     name, folder = hub_name(text, what), PurePosixPath(uri.path_in_repo)
@@ -87,17 +93,29 @@ def public_folder(text: str, what: str) -> PublicFolder:
 
 @contextmanager
 def _hub_errors(name: str, repo: str, revision: str | None) -> Iterator[None]:
-    with hub_errors(repo, revision, ExploreError):
-        try:
+    try:
+        with hub_errors(repo, revision, ExploreError), _public_errors(name, repo):
             yield
-        except OfflineModeIsEnabled:
-            raise ExploreError(
-                f"{name!r} cannot be asked for: the Hub is switched off on this server (HF_HUB_OFFLINE)."
-            ) from None
-        except GatedRepoError:
-            raise _gated(name) from None
-        except RepositoryNotFoundError:
-            raise ExploreError(f"There is no public repository {repo!r} on the Hub.") from None
+    except ConnectionError:
+        raise
+    except OSError as error:  # a full disk, for example; its text names a folder
+        _logger.exception("%s cannot be fetched", name)
+        reason = os.strerror(error.errno) if error.errno else type(error).__name__
+        raise ExploreError(f"{name!r} cannot be fetched by this server: {reason}.") from None
+
+
+@contextmanager
+def _public_errors(name: str, repo: str) -> Iterator[None]:
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise ExploreError(
+            f"{name!r} cannot be asked for: the Hub is switched off on this server (HF_HUB_OFFLINE)."
+        ) from None
+    except GatedRepoError:
+        raise _gated(name) from None
+    except RepositoryNotFoundError:
+        raise ExploreError(f"There is no public repository {repo!r} on the Hub.") from None
 
 
 def _gated(name: str) -> ExploreError:

@@ -257,7 +257,9 @@ def report_text(result: Result) -> str:
     path = result.folder / TEXT
     with reading(result):
         if _is_part(path, result, ".md"):
-            text = _without_paths(path.read_text(encoding="utf-8", errors="replace"), result.report)
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if result.repo is None:  # the paths of a report from the Hub are not this machine's
+                text = _without_paths(text, result.report)
         else:
             picture = ["![Accuracies](report.png)"] if _is_png(result.folder / "report.png", result) else []
             text = "\n\n".join([f"# {code(result.label)}", *picture, *report_parts(result.report)])
@@ -267,9 +269,8 @@ def report_text(result: Result) -> str:
 def _without_paths(text: str, report: Mapping[str, Any]) -> str:
     """The text with the paths that the report's settings name as their last parts."""
     paths = {path for key in ("settings", "revisions", "points") for path in _strings(report.get(key))}
-    for path in sorted((path for path in paths if shown(path) != path), key=len, reverse=True):
-        text = text.replace(path, shown(path))
-    return text
+    longest_first = sorted((path for path in paths if shown(path) != path), key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)) or "$^", lambda found: shown(found[0]), text)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """One problem, solved by a model and by the same model with adapters, or with latents edited."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from ..evaluation.scoring import final_answer, score
@@ -131,10 +131,11 @@ def solve(
     written = [Written() for _ in both]
     while any(steps := [next(writer, None) for writer in writers]):
         written = [
-            before if step is None else _so_far(opened, step[0]) for before, step in zip(written, steps, strict=True)
+            before if step is None else _so_far(opened, step[0], gold)
+            for before, step in zip(written, steps, strict=True)
         ]
         yield _solution(prompt, written)
-    yield _solution(prompt, [_judged(opened, one, gold) for one in written])
+    yield _solution(prompt, [one if one.finished else _judged(opened, one.token_ids, gold, True) for one in written])
 
 
 def split_thinking(text: str, ended: bool) -> tuple[str, str]:
@@ -175,25 +176,17 @@ def _solution(prompt: str, written: list[Written]) -> Solution:
     return Solution(prompt, written[0], written[1] if len(written) > 1 else None)
 
 
-def _so_far(opened: Opened, tokens: list[int]) -> Written:
-    ended = has_ended(opened, tokens)
+def _so_far(opened: Opened, tokens: Sequence[int], gold: str | None) -> Written:
+    if has_ended(opened, tokens):
+        return _judged(opened, tokens, gold, False)
     # A character may take several tokens: until the last has come it reads as U+FFFD.
     text = text_of(opened, tokens).rstrip("\ufffd")
-    thinking, answer = split_thinking(text, ended)
-    return Written(thinking, answer, text, tokens=len(tokens), finished=ended, token_ids=tuple(tokens))
+    thinking, answer = split_thinking(text, ended=False)
+    return Written(thinking, answer, text, tokens=len(tokens), token_ids=tuple(tokens))
 
 
-def _judged(opened: Opened, written: Written, gold: str | None) -> Written:
-    text = text_of(opened, written.token_ids)
-    thinking, answer = split_thinking(text, written.finished)
+def _judged(opened: Opened, tokens: Sequence[int], gold: str | None, truncated: bool) -> Written:
+    text = text_of(opened, tokens)
+    thinking, answer = split_thinking(text, ended=not truncated)
     correct, found = score("math", text, gold) if gold else (None, final_answer(text))
-    return replace(
-        written,
-        thinking=thinking,
-        answer=answer,
-        text=text,
-        found=found,
-        correct=correct,
-        finished=True,
-        truncated=not written.finished,
-    )
+    return Written(thinking, answer, text, found, correct, len(tokens), True, truncated, tuple(tokens))

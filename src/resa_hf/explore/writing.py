@@ -113,14 +113,10 @@ def text_of(opened: Opened, tokens: Sequence[int]) -> str:
 def prompt_of(opened: Opened, problem: str) -> str:
     """The prompt of a problem, as evaluations have it: by the model's chat template, or the paper's if it has none.
 
-    Raises:
-        `ExploreError`: if the chat template of a model from the Hub does not work.
+    A chat template is a program, and can run for ever: that of a model which a visitor has named is not used.
     """
-    template = opened.tokenizer.chat_template
-    try:
-        return evaluation_prompt(problem, template="chat" if template else "paper", tokenizer=opened.tokenizer)
-    except Exception as error:  # a template is a program, and raises what it likes
-        raise ExploreError(f"The chat template of {opened.model_name!r} fails: {type(error).__name__}.") from None
+    chat = opened.is_own and opened.tokenizer.chat_template
+    return evaluation_prompt(problem, template="chat" if chat else "paper", tokenizer=opened.tokenizer)
 
 
 def checked_problem(text: str) -> str:
