@@ -203,21 +203,16 @@ def _tokenizer(model: _Model) -> Tokenizer:
 def _random_model(model: _Model, tokenizer: Tokenizer, size: Size, seed: int) -> PreTrainedModel:
     """Random but for one thing: nearly every answer is a single token, the end, so that answering takes no time."""
     end = tokenizer.token_to_id(model.eos)
-    sizes = {
-        "hidden_size": size.width,
-        "intermediate_size": 2 * size.width,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
     config = AutoConfig.for_model(
         model.kind,
         # The real embeddings have rows to spare, too.
         vocab_size=tokenizer.get_vocab_size() + 16,
         bos_token_id=tokenizer.token_to_id(model.bos or model.eos),
         eos_token_id=end,
+        hidden_size=size.width,
+        intermediate_size=2 * size.width,
         num_attention_heads=2,
         num_key_value_heads=1,
-        **sizes,
         **model.config,
     )
     with torch.random.fork_rng(devices=[]):
