@@ -216,10 +216,6 @@ def growth(server: ExplorerServer, client: Client, count: int, settling: int) ->
     return float(np.median(sizes[-10:]) - np.median(sizes[settling : settling + 10]))
 
 
-def test_memory_does_not_grow_with_visits(server: ExplorerServer, client: Client) -> None:
-    assert growth(server, client, 60, 20) < 40
-
-
 @pytest.mark.long
 def test_memory_stays_the_same_over_many_visits(server: ExplorerServer, client: Client) -> None:
     assert growth(server, client, 500, 100) < 40

@@ -1,10 +1,21 @@
 """What a visitor sees and presses, by the words that are on it."""
 
+import pytest
 from playwright.sync_api import Locator, Page, expect
 
 SOURCE = "source (LoRA and GRPO)"
 PROBLEM = "8+7*1*8 mod 10"
 TRACE = "8+7=5;5*1=5;5*8=0"  # from left to right, modulo 10: the answer is 0
+# CI has both widths and both themes; `make test-all` each with each.
+VIEWS = pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        pytest.param(1280, False, id="1280-light"),
+        pytest.param(390, True, id="390-dark"),
+        pytest.param(1280, True, id="1280-dark", marks=pytest.mark.long),
+        pytest.param(390, False, id="390-light", marks=pytest.mark.long),
+    ],
+)
 
 
 def go_to(page: Page, name: str) -> Locator:

@@ -56,7 +56,9 @@ def test_problems(open_page: OpenPage) -> None:
     assert_works(page)
 
 
-@pytest.mark.parametrize("name", [*PATHS, "nobody/nothing"])
+@pytest.mark.parametrize(
+    "name", [PATHS[0], *(pytest.param(path, marks=pytest.mark.long) for path in PATHS[1:]), "nobody/nothing"]
+)
 def test_names(open_page: OpenPage, name: str) -> None:
     page = open_page()
     told = "nobody/nothing" if name == "nobody/nothing" else "on the Hub: "

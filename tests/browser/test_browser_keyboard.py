@@ -30,7 +30,9 @@ def tab_to(page: Page, name: str) -> None:
     raise AssertionError(f"Tab does not reach {name}")
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "dark", [pytest.param(False, id="light"), pytest.param(True, id="dark", marks=pytest.mark.long)]
+)
 def test_by_keyboard(open_page: OpenPage, dark: bool) -> None:
     page = open_page(dark=dark)
     tab_to(page, "range slider for Adapter strength")

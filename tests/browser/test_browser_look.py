@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from conftest import OpenPage
-from explorer_page import TRACE, field, go_to, message, press, side
+from explorer_page import TRACE, VIEWS, field, go_to, message, press, side
 from playwright.sync_api import Locator, Page, expect
 
 pytestmark = pytest.mark.slow
@@ -17,8 +17,7 @@ def latents(panel: Locator) -> Locator:
     return panel.get_by_role("table").first.locator("tbody tr")
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@VIEWS
 def test_look_inside(open_page: OpenPage, violations: Callable[[Page], list[str]], width: int, dark: bool) -> None:
     page = open_page(width=width, dark=dark)
     press(page, "Solve")

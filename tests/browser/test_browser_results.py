@@ -4,14 +4,13 @@ from collections.abc import Callable
 
 import pytest
 from conftest import OpenPage
-from explorer_page import go_to, press
+from explorer_page import VIEWS, go_to, press
 from playwright.sync_api import Page, expect
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@VIEWS
 def test_layers_and_results(
     open_page: OpenPage, violations: Callable[[Page], list[str]], width: int, dark: bool
 ) -> None:

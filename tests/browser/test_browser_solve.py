@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from conftest import OpenPage
-from explorer_page import PROBLEM, SOURCE, TRACE, add_adapter, field, go_to, message, press, set_strength, side
+from explorer_page import PROBLEM, SOURCE, TRACE, VIEWS, add_adapter, field, go_to, message, press, set_strength, side
 from playwright.sync_api import Locator, Page, expect
 
 pytestmark = pytest.mark.slow
@@ -25,8 +25,7 @@ def written(shown: Locator) -> str:
     return shown.locator(".resa").inner_text()
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@VIEWS
 def test_solve(open_page: OpenPage, violations: Callable[[Page], list[str]], width: int, dark: bool) -> None:
     page = open_page(width=width, dark=dark)
     base, tuned = side(page, "Base"), side(page, "With adapters")
