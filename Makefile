@@ -29,7 +29,7 @@ demo: install  ## the whole way on the tiny reasoner, offline; options in ARGS, 
 	$(BIN)/resa-hf demo $(ARGS)
 
 browser:  ## Chromium for the tests of the explorer, by apt-get, where there is none
-	tests/browser/install_chromium.sh
+	tests/install_chromium.sh
 
 test: install browser  ## the tests, the slow ones too
 	$(PYTEST) -m 'not gpu and not long' $(ARGS)

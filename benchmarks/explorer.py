@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from scipy.stats import linregress, t
 
 TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "browser")]
+sys.path.insert(0, str(TESTS))
 
 from explorer_load import PROBLEMS, at_once, connect, megabytes, requests, seconds_to_first_token, write_sae  # noqa: E402
 from explorer_server import ExplorerServer  # noqa: E402

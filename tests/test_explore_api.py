@@ -3,7 +3,6 @@
 import http.client
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -17,14 +16,14 @@ import numpy as np
 import pytest
 from adapter_files import save_adapter
 from explore_values import BAD, arguments, is_for_people
-from explorer_load import PROBLEMS, at_once, connect, megabytes, requests, seconds_to_first_token, write_sae
-from gradio_client import Client
+from explorer_server import APP, ExplorerServer
 from hub_server import HubServer
 
 from resa_hf.tiny import tiny_path
 
-sys.path.append(str(Path(__file__).parent / "browser"))
-from explorer_server import APP, ExplorerServer
+pytest.importorskip("gradio_client", reason="the extra `space` is not installed")
+from explorer_load import PROBLEMS, at_once, connect, megabytes, requests, seconds_to_first_token, write_sae
+from gradio_client import Client
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ("publishable",)

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-APP = Path(__file__).parents[2] / "spaces" / "resa-explorer" / "app.py"
+APP = Path(__file__).parents[1] / "spaces" / "resa-explorer" / "app.py"
 
 
 class ExplorerServer:

@@ -3,11 +3,12 @@
 import re
 
 import pytest
-from conftest import OpenPage
 from explorer_page import PROBLEM, choose, close_message, field, go_to, message, press, side
 from explorer_server import ExplorerServer
+from explorer_visitors import OpenPage
 from playwright.sync_api import Page, expect
 
+pytest_plugins = ("explorer_visitors",)
 pytestmark = pytest.mark.slow
 MARKUP = "<script>window.ran=1</script><img src=x onerror=window.ran=1>"
 PATHS = ["/etc/passwd", "../../etc/passwd", MARKUP]
@@ -32,6 +33,7 @@ def assert_works(page: Page) -> None:
 
 def test_problems(open_page: OpenPage) -> None:
     page = open_page()
+    press(page, "How often is it right? Run 50 problems ▼")  # what is filled at once is emptied as it opens
     problem, tuned = field(page, "Problem"), side(page, "With adapters")
     problem.fill("")
     assert_refused(page, "Solve", "There is no problem: type one.")
@@ -50,7 +52,6 @@ def test_problems(open_page: OpenPage) -> None:
         expect(page.locator(".generating, .pending")).to_have_count(0)
     assert page.locator("[onerror]").count() == 0
     field(page, "Right answer").fill("")
-    press(page, "How often is it right? Run 50 problems ▼")
     field(page, "Problems of your own").fill(f"1+1\t2\n{MARKUP}")
     assert_refused(page, "Run problems", "Line 2 is neither a question, a tab and its answer")
     assert_works(page)

@@ -1,6 +1,6 @@
 """Small results of every kind that the explorer shows, made by the package's own commands.
 
-PYTHONPATH=tests python tests/browser/explorer_results.py FOLDER
+PYTHONPATH=tests python tests/explorer_results.py FOLDER
 """
 
 import sys

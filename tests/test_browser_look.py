@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable
 
 import pytest
-from conftest import OpenPage
 from explorer_page import TRACE, VIEWS, field, go_to, message, press, side
+from explorer_visitors import OpenPage
 from playwright.sync_api import Locator, Page, expect
 
+pytest_plugins = ("explorer_visitors",)
 pytestmark = pytest.mark.slow
 FINISHED = re.compile(r"(answer .+|no answer found), \d+ tokens")
 

@@ -1,10 +1,11 @@
 """The main path by keyboard alone, with a focus that can be seen."""
 
 import pytest
-from conftest import OpenPage
 from explorer_page import side
+from explorer_visitors import OpenPage
 from playwright.sync_api import Page, expect
 
+pytest_plugins = ("explorer_visitors",)
 pytestmark = pytest.mark.slow
 # How the focus shows: an outline, a shadow, or on a field the colour of its border.
 LOOK = """() => { const own = document.activeElement, around = own.closest(".wrap, .wrap-inner, label") ?? own;

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import OpenPage
 from explorer_page import VIEWS, go_to, press
+from explorer_visitors import OpenPage
 from playwright.sync_api import Page, expect
 
+pytest_plugins = ("explorer_visitors",)
 pytestmark = pytest.mark.slow
 
 

@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable
 
 import pytest
-from conftest import OpenPage
 from explorer_page import PROBLEM, SOURCE, TRACE, VIEWS, add_adapter, field, go_to, message, press, set_strength, side
+from explorer_visitors import OpenPage
 from playwright.sync_api import Locator, Page, expect
 
+pytest_plugins = ("explorer_visitors",)
 pytestmark = pytest.mark.slow
 LONG = f"8{'+7*1-8' * 20} mod 10"
 JUDGED = re.compile(r"[✓✗] (right|wrong) (answer .+|no answer found), \d+ tokens")
@@ -28,6 +29,7 @@ def written(shown: Locator) -> str:
 @VIEWS
 def test_solve(open_page: OpenPage, violations: Callable[[Page], list[str]], width: int, dark: bool) -> None:
     page = open_page(width=width, dark=dark)
+    press(page, "How often is it right? Run 50 problems ▼")  # what is filled at once is emptied as it opens
     base, tuned = side(page, "Base"), side(page, "With adapters")
     press(page, "5-7+2+4+9 mod 10")  # an example: 5-7=8; 8+2=0; 0+4=4; 4+9=3
     expect(field(page, "Problem")).to_have_value("5-7+2+4+9 mod 10")
@@ -53,7 +55,6 @@ def test_solve(open_page: OpenPage, violations: Callable[[Page], list[str]], wid
     press(page, "Solve")
     expect(tuned).not_to_contain_text("✗ wrong answer 5")
     assert written(base) == without
-    press(page, "How often is it right? Run 50 problems ▼")
     page.get_by_label("number input for How many").fill("10")
     page.get_by_label("number input for How many").press("Tab")
     press(page, "Run problems")
@@ -67,8 +68,9 @@ def test_solve(open_page: OpenPage, violations: Callable[[Page], list[str]], wid
 
 
 def test_stop_in_the_middle_and_go_on(open_page: OpenPage) -> None:
-    other, page = open_page(), open_page()
+    other = open_page()
     press(other, "How often is it right? Run 50 problems ▼")
+    page = open_page()
     other.get_by_label("number input for How many").fill("200")
     other.get_by_label("number input for How many").press("Tab")
     press(other, "Run problems")

@@ -1,4 +1,7 @@
-"""Visitors of the explorer: real pages in Chromium, of a server with small results of every kind."""
+"""Visitors of the explorer: real pages in Chromium, of a server with small results of every kind.
+
+A test module takes these fixtures by `pytest_plugins = ("explorer_visitors",)`.
+"""
 
 import os
 import shutil
@@ -29,9 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[Pa
     with FileLock(f"{root}.lock"):
         if not (root / "features" / "report.json").is_file():
             command = [sys.executable, str(HERE / "explorer_results.py"), str(root)]
-            made = subprocess.run(
-                command, env={**os.environ, "PYTHONPATH": str(HERE.parent)}, capture_output=True, text=True
-            )
+            made = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True)
             assert made.returncode == 0, made.stderr[-5000:]
     return [root / name for name in ("run", "sweep", "features")]
 
@@ -54,7 +55,7 @@ def server(_server: ExplorerServer) -> ExplorerServer:
 def chromium() -> Iterator[Browser]:
     """The installed Chromium. Per module, since while Playwright runs, `asyncio.run` is refused in this process."""
     path = shutil.which("chromium")
-    assert path, "there is no chromium in PATH: run tests/browser/install_chromium.sh"
+    assert path, "there is no chromium in PATH: run tests/install_chromium.sh"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
