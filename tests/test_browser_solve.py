@@ -82,10 +82,10 @@ def test_stop_in_the_middle_and_go_on(open_page: OpenPage) -> None:
     tuned = side(page, "With adapters")
     expect(tuned).to_contain_text("tokens so far")
     expect(page.locator(".generating, .pending")).to_have_count(0)
-    stopped = tuned.inner_text()
+    stopped = tuned.locator(".resa").inner_text()
     answered = other.get_by_text("of 200 problems answered").inner_text()
     expect(other.get_by_text("of 200 problems answered")).not_to_have_text(answered)
-    assert tuned.inner_text() == stopped
+    assert tuned.locator(".resa").inner_text() == stopped
 
     other.get_by_role("button", name="Stop", exact=True).last.click()
     for visitor in (page, other):
