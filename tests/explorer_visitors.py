@@ -91,6 +91,8 @@ def open_page(server: ExplorerServer, chromium: Browser, errors: list[str]) -> I
         mark = "&" if "?" in path else "?"
         page.goto(f"{server.url}{path}{mark}__theme={'dark' if dark else 'light'}")
         expect(page.get_by_role("tab").first).to_be_visible()
+        # Until all parts are loaded, and the address is read, what a visitor fills is emptied again.
+        page.wait_for_load_state("networkidle")
         return page
 
     yield open_one
