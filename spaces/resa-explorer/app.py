@@ -113,11 +113,8 @@ def build(explorer: Explorer) -> gr.Blocks:
             model = choice(
                 explorer.models, TINY, "Model", "From the list, or owner/name of a public model on the Hub."
             )
-            info, up_to = (
-                "Up to four, acting together; from the list or the Hub.",
-                {"multiselect": True, "max_choices": 4},
-            )
-            adapters = choice(explorer.adapters, [SOURCE], "Adapters", info, **up_to)
+            info = "Up to four, acting together; from the list or the Hub."
+            adapters = choice(explorer.adapters, [SOURCE], "Adapters", info, multiselect=True, max_choices=4)
             strength = gr.Slider(-2, 2, 1, step=0.1, label="Adapter strength", info="1 is as trained, 0 is the base.")
         with gr.Accordion("Sampling", open=False), gr.Row():
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="The same seed gives the same text.")
@@ -182,6 +179,25 @@ def with_stop(name: str) -> tuple[gr.Button, gr.Button]:
         return gr.Button(name, variant="primary", scale=3, min_width=200), gr.Button("Stop", scale=1, min_width=80)
 
 
+def answers(
+    triggers: list[Any], stop: gr.Button, solving: Callable[..., Any], values: list[Any], shown: list[gr.HTML]
+) -> gr.JSON:
+    """Streams two answers into what is shown, until they are finished or stopped; returns them as plain values."""
+    plain = gr.JSON(visible=False)
+    event = gr.on(
+        triggers,
+        on_gpu(solving),
+        values,
+        [*shown, plain],
+        api_name=solving.__name__,
+        preprocess=False,
+        concurrency_limit=4,
+        show_progress="minimal",
+    )
+    stop.click(None, cancels=event)
+    return plain
+
+
 def solve_tab(explorer: Explorer, who: list[Any], sampling: list[Any]) -> tuple[gr.Textbox, gr.JSON]:
     """Returns the problem, and what was written last."""
     with gr.Row():
@@ -196,18 +212,8 @@ def solve_tab(explorer: Explorer, who: list[Any], sampling: list[Any]) -> tuple[
         gold = gr.Textbox("", label="Right answer", min_width=240, info="If known; the tiny reasoner's is worked out.")
     gr.Examples(PROBLEMS, problem, label="Examples")
     solve, stop = with_stop("Solve")
-    shown, plain = beside("Base", "With adapters"), gr.JSON(visible=False)
-    event = gr.on(
-        [solve.click, problem.submit],
-        on_gpu(explorer.solve),
-        [*who, problem, gold, *sampling],
-        [*shown, plain],
-        api_name="solve",
-        preprocess=False,
-        concurrency_limit=4,
-        show_progress="minimal",
-    )
-    stop.click(None, cancels=event)
+    shown, values = beside("Base", "With adapters"), [*who, problem, gold, *sampling]
+    plain = answers([solve.click, problem.submit], stop, explorer.solve, values, shown)
     with gr.Accordion("How often is it right? Run 50 problems", open=False):
         own = gr.Textbox(
             "",
@@ -270,17 +276,8 @@ def look_tab(
         -5, 10, 0, step=0.5, label="Factor", info="0 ablates it, 1 changes nothing. The problem is Solve's."
     )
     change, stop = with_stop("Solve the problem with the latent changed")
-    shown, both = beside("Unchanged", "Changed"), gr.JSON(visible=False)
-    event = change.click(
-        on_gpu(explorer.change),
-        [*who, sae, hookpoint, latent, factor, problem, *sampling],
-        [*shown, both],
-        api_name="change",
-        preprocess=False,
-        concurrency_limit=4,
-        show_progress="minimal",
-    )
-    stop.click(None, cancels=event)
+    shown, values = beside("Unchanged", "Changed"), [*who, sae, hookpoint, latent, factor, problem, *sampling]
+    answers([change.click], stop, explorer.change, values, shown)
     return linked
 
 

@@ -26,24 +26,21 @@ class Kept(Generic[Value]):
 
     def get(self, key: Hashable, load: Callable[[], Value]) -> Value:
         """The value of a key, by `load()` if it is not there; what that raises is raised, and nothing is kept."""
+        mine: Future[Value] = Future()
         with self._lock:
-            future = self._values.get(key)
-            if future is not None:
-                self._values.move_to_end(key)
-        return self._load(key, load) if future is None else future.result()
-
-    def _load(self, key: Hashable, load: Callable[[], Value]) -> Value:
-        future: Future[Value] = Future()
-        with self._lock:
-            there = self._values.setdefault(key, future)
+            future = self._values.setdefault(key, mine)
+            self._values.move_to_end(key)
             dropped = len(self._values) > self._count
             if dropped:
                 self._values.popitem(last=False)
-        if there is not future:  # another thread was faster
-            return there.result()
         if dropped:
             gc.collect()  # modules with hooks and adapters refer to each other
             torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
+        if future is mine:
+            self._load(key, load, mine)
+        return future.result()
+
+    def _load(self, key: Hashable, load: Callable[[], Value], future: Future[Value]) -> None:
         try:
             future.set_result(load())
         except BaseException as error:
@@ -51,4 +48,3 @@ class Kept(Generic[Value]):
                 if self._values.get(key) is future:
                     del self._values[key]
             future.set_exception(error)
-        return future.result()
