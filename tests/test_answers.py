@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from resa_hf.evaluation import answers
-from resa_hf.evaluation.answers import extract_answer, is_correct
+from resa_hf.evaluation.answers import extract_answer, is_correct, is_verifiable, last_boxed
 
 RIGHT = [
     ("4", "4"),
@@ -138,6 +138,121 @@ def test_wrong(answer: str | None, gold: str) -> None:
 )
 def test_extract_answer(completion: str, answer: str | None) -> None:
     assert extract_answer(completion) == answer
+
+
+# What is known at sight, and what math-verify must read.
+PLAIN_GOLDS = [
+    *("0", "4", " 4\n", "-7", "$12$", "3.50", "1,234", "9" * 500, "3/4", "-3/4"),
+    *(r"\frac{1}{2}", r"\dfrac{-1}{20}", r"-\frac{1}{2}", r"\sqrt{2}", r"2\sqrt{3}", r"\pi", "5π"),
+    *("2x+1", "y = 2x - 3", "(1, 2)", "(C)", "6, 7", "x=3", r"3 - \sqrt{5}"),
+    *("A", "x", "-x", "52_8", "1A_{16}", "Evelyn", r"\text{Evelyn}", "no real solution", "zwölf", "无解", "四", "١٢"),
+    *(r"Hence it is $\boxed{7}$.", r"\boxed{\frac{1}{2}}"),
+]
+PARSED_GOLDS = [
+    *(r"\text{(C)}", "No", "[0,1)", r"\{1,2\}", "x>3", "x = 1, y = 2", "2xy", r"10\%"),
+    *(r"\frac12", r"\frac{x}{2}", r"\frac{1}{\sqrt{2}}", "2^{10}", "10!", r"90^\circ", r"10 \text{ cm}", "x^2+2x+1"),
+    *(r"\infty", r"\emptyset", r"(-\infty, 3]", r"2 \text{ and } 3", r"0.\overline{3}", "1.6e-19", "12:30"),
+    *(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\mathbb{R}", "i", "9^{9^{9}}", r"\$5", "AB"),
+]
+UNVERIFIABLE = [
+    *("", " ", "\n", "??", "?", "...", ".", "-", "--", "$", "$$", "()", "[]", "{", "}"),
+    *("*", "+", "<", "\\", "_", "___", "x +"),
+    *(r"\frac{1}{", r"\frac", r"\frac{}{}", r"\sqrt{", r"\sqrt{}", r"\text{}", r"\ldots", r"\cdots", "y = ", "x^2+"),
+    *("1/0", r"\frac{1}{0}", r"\frac{0}{0}", "https://x.y/z.png", r"\boxed{}", r"\boxed{??}", "\0", "\ud800"),
+    *("Let n be even, so that n = 2k. " * 60, "7" * 513, "x" * 10**6, "1" * 10**6, "(" * 10**6, " " * 10**6),
+]
+
+
+@pytest.mark.parametrize("gold", [*PLAIN_GOLDS, *PARSED_GOLDS])
+def test_verifiable(gold: str) -> None:
+    assert is_verifiable(gold)
+
+
+@pytest.mark.parametrize("gold", UNVERIFIABLE, ids=lambda gold: ascii(gold[:20]))
+def test_not_verifiable(gold: str) -> None:
+    assert not is_verifiable(gold)
+
+
+def test_what_is_plain_is_verifiable_without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "_judge", None)
+    start = time.monotonic()
+    assert all(is_verifiable(gold) for gold in PLAIN_GOLDS)
+    assert all(is_verifiable(f"{number}") for number in range(-20_000, 20_000))
+    assert time.monotonic() - start < 10
+
+
+TERMS = [
+    "1",
+    "-3",
+    "2.5",
+    "7/3",
+    r"\frac{1}{2}",
+    r"3\sqrt{5}",
+    r"\pi^2",
+    "2x",
+    "y^{10}",
+    "A",
+    "e",
+    "N",
+    "i",
+    "007",
+    "2^3",
+]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["", "x = ", "y="]),
+    st.lists(st.tuples(st.sampled_from(TERMS), st.sampled_from(["+", " - ", ",", ", "])), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_what_is_plain_is_mathematics_to_math_verify(left: str, terms: list[tuple[str, str]], bracketed: bool) -> None:
+    gold = left + "".join(part for pair in terms for part in pair[::-1]).lstrip("+-, ")
+    gold = f"({gold})" if bracketed else gold
+    if answers._PLAIN.fullmatch(gold):
+        assert answers._judge(os.getpid()).parses(gold)
+
+
+@pytest.mark.parametrize("gold", ["(" * 512, "9^" * 255 + "9", r"\left(\right)" * 36])
+def test_any_gold_is_looked_at_in_time(gold: str) -> None:
+    start = time.monotonic()
+    is_verifiable(gold)
+    assert is_verifiable("(1,2)")
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\\boxed{4}", "4"),
+        (r"\{\boxed{4}", "4"),
+        (r"}\boxed{4}", "4"),
+        (r"{\boxed{4}", "4"),
+        (r"\boxed{3\boxed{4}", "4"),
+        (r"\boxed{3\boxed{4}5}6", "4"),
+        (r"\boxed{3}\boxed{4", "3"),
+        (r"\boxed{3\}", None),
+        (r"\boxed{3\\}", r"3\\"),
+        ("boxed{3}", None),
+        (r"\boxed {3}", None),
+        (r"\boxed{" * 140_000, None),
+        (r"\boxed{4}" + r"\boxed{" * 140_000, "4"),
+        (r"\boxed{" * 140_000 + "4" + "}" * 140_000, "4"),
+    ],
+    ids=range(14),
+)
+def test_last_boxed_in_time(text: str, content: str | None) -> None:
+    start = time.monotonic()
+    assert last_boxed(text) == content
+    assert time.monotonic() - start < 2
+
+
+def test_long_answers_are_compared_in_time() -> None:
+    start = time.monotonic()
+    for text in ("1" * 10**6, "(" * 10**6, "a b " * 10**5):
+        assert not is_correct(text, "4") and not is_correct("4", text) and not is_correct(text, text + "1")
+        assert is_correct(f" {text}\n", text)
+    assert time.monotonic() - start < 5
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -78,7 +78,7 @@ def test_what_is_imported_is_declared() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    parts = ["sae", "tuning", "evaluation", "features", "experiment", "hub", "explore", "commands"]
+    parts = ["sae", "tuning", "evaluation", "features", "experiment", "rl", "hub", "explore", "commands"]
     for path in SOURCE.rglob("*.py"):
         package = path.relative_to(SOURCE).parts[:-1]
         here = parts.index(package[0]) if package and package[0] in parts else -1

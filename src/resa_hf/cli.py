@@ -16,6 +16,7 @@ COMMANDS = {
     "features": "which latents are active at the thinking tokens, at which layers, and whether they do anything",
     "publish": "adapters, SAEs and merged models to the Hub, with cards that say what the reports say",
     "train-sae": "Stage I alone: train SAEs on a source model's activations",
+    "train-rl": "a source model: GRPO with LoRA, rewarded for right answers",
     "tune": "Stage II alone: train an adapter with a frozen SAE spliced in",
 }
 

@@ -158,6 +158,25 @@ def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int
     return [*bos, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
 
 
+def trl_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A prompt as TRL's trainers that generate are to get it, so that they read what `encode_prompt` gives.
+
+    They let the tokenizer add its BOS, also to a chat template that has written it already.
+
+    Raises:
+        `DataError`: if the tokenizer adds other tokens, too.
+    """
+    wanted = encode_prompt(prompt, tokenizer)
+    if tokenizer(prompt)["input_ids"] != wanted:
+        prompt = prompt.removeprefix(str(tokenizer.bos_token))
+    if tokenizer(prompt)["input_ids"] != wanted:
+        raise DataError(
+            f"The tokenizer {tokenizer.name_or_path!r} adds special tokens around a prompt that are not there when "
+            "answers are evaluated. Use another template or tokenizer."
+        )
+    return prompt
+
+
 def tokenize_and_pack(
     dataset: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> tuple[datasets.Dataset, TokenReport]:

@@ -15,6 +15,7 @@ from ..experiment.settings import RunSettings
 from ..experiment.sweep import Sweep, sweep_tasks
 from ..features.arguments import FeatureArguments
 from ..models import load_skeleton
+from ..rl.config import RLConfig
 from ..sae.config import SAETrainingConfig
 from ..tuning.config import SAETuningConfig
 
@@ -38,6 +39,7 @@ def describe_run(settings: RunSettings) -> str:
         f"{len(settings.sae_sources) * len(run.seeds)} SAE trainings; "
         f"{len(trained)} trained arms x {len(run.seeds)} seeds"
         + (f", {candidates} learning rates and checkpoints to choose among" if candidates > 1 else "")
+        + "".join(f"; text sampled from the {text} x {len(run.seeds)} seeds" for text in settings.texts)
         + f"; answers of {len(settings.arms) + 1} arms to {run.held_out} questions."
     )
     resolved = json.dumps(as_plain(settings), indent=2, default=str)
@@ -76,6 +78,25 @@ def describe_stage(
         loaded = _loaded(model, data, source.source_model or source.source_adapter, args.sae)
         predicted = _stage2_memory(model, lora, args, None, args.kl_reference == "source")
     return "\n\n".join([resolved, loaded, f"Predicted memory:\n{predicted}"])
+
+
+def describe_rl(
+    model: ModelArguments, lora: LoraArguments, data: DataArguments, args: RLConfig, settings: dict[str, Any]
+) -> str:
+    """What `resa-hf train-rl` would do."""
+    resolved = json.dumps(settings, indent=2, default=str)
+    meta, dtype = _shape(model)
+    text = meta.config.get_text_config()
+    completions, length = args.per_device_train_batch_size, args.max_prompt_length + (args.max_completion_length or 0)
+    layer = text.hidden_size if args.gradient_checkpointing else 16 * text.hidden_size
+    parts = {
+        "model": _size(meta, dtype),
+        "adapter": _adapter_size(meta, lora),
+        # Of a step's completions, each as long as it may be.
+        "activations": completions * length * text.num_hidden_layers * layer * dtype.itemsize,
+        "logits": completions * (args.max_completion_length or 0) * text.vocab_size * 4,
+    }
+    return "\n\n".join([resolved, _loaded(model, data), f"Predicted memory, at most:\n{_line('RL', **parts)}"])
 
 
 def describe_evaluation(args: EvaluateArguments) -> str:
@@ -140,13 +161,7 @@ def _stage2_memory(
 ) -> str:
     meta, dtype = _shape(model)
     text = meta.config.get_text_config()
-    wanted = lora.lora_target_modules
-    linears = [m for n, m in meta.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and "lm_head" not in n]
-    if wanted is not None:
-        named = dict(meta.named_modules())
-        linears = [module for name, module in named.items() if name.rpartition(".")[2] in wanted]
-    ends = sum(sum(module.weight.shape) for module in linears)
-    adapter = lora.lora_r * ends * 4 * 4  # weights, gradients and two moments in float32
+    adapter = _adapter_size(meta, lora)
     tokens = args.per_device_train_batch_size * (args.max_length or 2048)
     # About 16 widths and 3 MLP widths a layer and token are kept for the backward; checkpointing keeps one width.
     wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
@@ -157,6 +172,16 @@ def _stage2_memory(
     parts = {"source": size if teacher else 0, "sae": 2 * latents * text.hidden_size * 4}
     line = _line("Stage II", model=size, **parts, adapter=adapter, activations=activations)
     return line if stage1 is not None or args.sae is None else f"{line}, and the SAE's own size"
+
+
+def _adapter_size(meta: PreTrainedModel, lora: LoraArguments) -> int:
+    """Weights, gradients and two moments, in float32."""
+    wanted = lora.lora_target_modules
+    linears = [m for n, m in meta.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and "lm_head" not in n]
+    if wanted is not None:
+        named = dict(meta.named_modules())
+        linears = [module for name, module in named.items() if name.rpartition(".")[2] in wanted]
+    return lora.lora_r * sum(sum(module.weight.shape) for module in linears) * 4 * 4
 
 
 def _size(model: torch.nn.Module, dtype: torch.dtype) -> int:

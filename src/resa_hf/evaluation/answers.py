@@ -1,5 +1,6 @@
 """The answer in a completion, and whether it is right."""
 
+import contextlib
 import functools
 import json
 import os
@@ -12,10 +13,21 @@ from pathlib import Path
 from .normalization import normalized, unit, without_unit, words
 
 _BOXED = "\\boxed{"
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?", re.ASCII)
 _BASED = re.compile(r"(\w+)_\{?(\w+)\}?")  # 52_8
+# What needs no parser to be known as mathematics: numbers, terms of one variable or root, and sums and lists of them.
+_POWER = r"(?:\^(?:\d|\{-?\d{1,3}\}))?"
+_TERM = (
+    r"-?(?:\d+(?:\.\d+)?|\d+/0*[1-9]\d*|\\[dt]?frac\{-?\d+\}\{0*[1-9]\d*\}"
+    rf"|\d*(?:\\sqrt\{{\d+\}}|\\pi|[A-Za-hj-z]){_POWER})"
+)
+_TERMS = rf"(?:[A-Za-z] ?= ?)?{_TERM}(?: ?[-+,] ?{_TERM})*"
+_PLAIN = re.compile(rf"{_TERMS}|\({_TERMS}\)|[^\W_]+_(?:[^\W_]+|\{{[^\W_]+\}})", re.ASCII)
 # math-verify's grammar backtracks: 300 open brackets take it a second. Longer text is not parsed.
 _MAX_PARSED = 512
+# Of digits in a row, normalization takes the square of their number. Longer text is compared as it is.
+_MAX_NORMALIZED = 4 * _MAX_PARSED
 
 
 def extract_answer(completion: str) -> str | None:
@@ -63,6 +75,9 @@ def is_correct(answer: str | None, gold: str, tolerance: float = 0.0) -> bool:
     """
     if answer is None:
         return False
+    given, wanted = " ".join(answer.split()), " ".join(gold.split())
+    if max(len(given), len(wanted)) > _MAX_NORMALIZED:
+        return given == wanted
     given, wanted = normalized(answer), normalized(gold)
     if given == wanted:
         return bool(given)
@@ -87,6 +102,34 @@ def is_correct(answer: str | None, gold: str, tolerance: float = 0.0) -> bool:
     return (r"\%" in given) != (r"\%" in wanted) and judge.equal(*without, tolerance=tolerance)
 
 
+def is_verifiable(gold: str) -> bool:
+    r"""Whether answers can be compared with a gold at all: it is a number, a word, or mathematics.
+
+    `\frac{1}{`, `??` and a page of proof are not: nothing but the same text would ever be right. A choice's letter and
+    a variable are. Of a solution, its last `\boxed{...}` counts, as in [`resa_hf.evaluation.scoring.score`].
+
+    Most numbers, fractions and words are known at sight, in microseconds; the rest is parsed by math-verify, in
+    hundredths of a second, in the process of [`is_correct`] and with its limit of time.
+
+    Args:
+        gold (`str`):
+            The answer that is to be verified against.
+
+    Raises:
+        `RuntimeError`: if math-verify cannot be started. No gold raises anything.
+    """
+    gold = last_boxed(gold) or gold
+    if len(" ".join(gold.split())) > _MAX_NORMALIZED:
+        return False
+    wanted = normalized(gold)
+    if not wanted or len(wanted) > _MAX_PARSED:
+        return False
+    # In other scripts, two letters are a word, and digits of their own a number.
+    if _PLAIN.fullmatch(wanted) or words(wanted) is not None or (wanted.isalnum() and not wanted.isascii()):
+        return True
+    return _judge(os.getpid()).parses(without_unit(wanted, wanted))
+
+
 class _Judge:
     """The process that runs `judge.py`. It ends with ours, or at an answer that takes too long; another follows."""
 
@@ -95,13 +138,20 @@ class _Judge:
         self._process = self._start()
 
     def equal(self, answer: str, gold: str, tolerance: float) -> bool:
+        return self._ask("equal", answer, gold, tolerance)
+
+    def parses(self, gold: str) -> bool:
+        return self._ask("parses", gold)
+
+    def _ask(self, *question: str | float) -> bool:
         with self._lock:
             if self._process.poll() is not None:
                 self._process = self._start()
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            self._process.stdin.write(json.dumps([answer, gold, tolerance]) + "\n")
-            self._process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has just died: no reply follows
+                self._process.stdin.write(json.dumps(question) + "\n")
+                self._process.stdin.flush()
             reply = self._process.stdout.readline()
             if not reply:
                 self._process.wait()
@@ -126,21 +176,16 @@ def _judge(pid: int) -> _Judge:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}`, if there is one."""
-    start = text.rfind(_BOXED)
-    while start >= 0:
-        content = _braced(text, start + len(_BOXED))
-        if content is not None:
-            return content.strip()
-        start = text.rfind(_BOXED, 0, start)
-    return None
-
-
-def _braced(text: str, start: int) -> str | None:
-    r"""What stands before the brace that closes the one before `start`; `\{` and `\}` are no braces."""
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return text[start : match.start()]
-    return None
+    r"""The content of the last complete `\boxed{...}`, if there is one; `\{` and `\}` are no braces."""
+    if _BOXED not in text:
+        return None
+    opened: list[int] = []
+    last = None
+    for match in _BRACE.finditer(text):
+        if match.group() == "{":
+            opened.append(match.end())
+        elif match.group() == "}" and opened:
+            start = opened.pop()
+            if text.endswith(_BOXED, 0, start) and (last is None or start > last[0]):
+                last = start, match.start()
+    return text[slice(*last)].strip() if last else None

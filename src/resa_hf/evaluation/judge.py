@@ -37,6 +37,16 @@ def _equal(answer: str, gold: str, tolerance: float) -> bool:
         return False
 
 
+def _parses(gold: str) -> bool:
+    from sympy import Basic, MatrixBase, nan, zoo
+
+    try:
+        # What it cannot read math-verify returns as text. 0/0 and 1/0 are equal to nothing, or to too much.
+        return any(isinstance(part, Basic | MatrixBase) and part not in (nan, zoo) for part in _parsed(gold))
+    except Exception:
+        return False
+
+
 def _parsed(text: str) -> list[Any]:
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
@@ -75,19 +85,21 @@ def _as_set(part: Any) -> Any:
 
 
 def main() -> None:
-    """Reads `[answer, gold, tolerance]` and writes `true` or `false`, a line each, until its input ends."""
+    """Reads `["equal", answer, gold, tolerance]` or `["parses", gold]`, a line each, and writes `true` or `false`."""
     replies, sys.stdout = sys.stdout, sys.stderr
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller; our input ends with it
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     _equal("1", "1", 0.0)
     print("ready", file=replies, flush=True)
     with open(os.devnull, "w") as nowhere:
+        sys.stdout = nowhere  # 0.5.2 prints what it cannot parse, which of a training's answers are many
         for line in sys.stdin:
             # A watchdog thread in C: it ends the process even in the middle of an operation in C.
             faulthandler.dump_traceback_later(_LIMIT, exit=True, file=nowhere)
-            equal = _equal(*json.loads(line))
+            kind, *texts = json.loads(line)
+            reply = _equal(*texts) if kind == "equal" else _parses(*texts)
             faulthandler.cancel_dump_traceback_later()
-            print(json.dumps(equal), file=replies, flush=True)
+            print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

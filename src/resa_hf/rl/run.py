@@ -1,0 +1,127 @@
+"""GRPO with LoRA, from rows to the adapter and its report."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase, ProgressCallback
+from trl import GRPOTrainer
+
+from ..arguments import DataArguments, LoraArguments, ModelArguments
+from ..data import hold_out
+from ..evaluation.cost import Cost, current_device
+from ..evaluation.tables import finite, markdown
+from ..experiment.folder import check_writable, claim, write_json, write_whole
+from ..experiment.prepare import MEASURED_DOCUMENTS, first_rows, load_rows
+from ..experiment.report import versions
+from ..experiment.stages import train_from_last_checkpoint
+from ..models import load_causal_lm, load_tokenizer
+from ..provenance import base_revisions, data_revisions
+from ..text import add_text, tokenize_documents
+from .callbacks import KeepSteps, ShortLog
+from .config import RLConfig
+from .log import log_table, plot_log, windows
+from .prompts import prompt_rows
+from .rewards import make_rewards
+
+STEPS = "steps"
+
+
+def train_rl(
+    model_args: ModelArguments, lora: LoraArguments, data: DataArguments, args: RLConfig, given: dict[str, Any]
+) -> Path:
+    """Trains from the last checkpoint, and writes adapter, kept steps and report into `args.output_dir`.
+
+    Args:
+        model_args, lora, data, args: what the recipe says.
+        given (`dict`): the keys that were set, for the report.
+
+    Returns:
+        `Path`: of report.json.
+
+    Raises:
+        `DataError`: if the data cannot be used, or the folder was started with other settings or data.
+        `ValueError`: for settings that contradict each other.
+    """
+    output = Path(str(args.output_dir))
+    check_writable(output)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
+    train, held_out, told = _read(data, tokenizer, args)
+    rewards = make_rewards(args)
+    model = load_causal_lm(
+        model_args.model_name_or_path,
+        model_args.model_adapter,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[*rewards],
+        args=args,
+        train_dataset=train,
+        processing_class=tokenizer,
+        peft_config=lora.lora_config(),
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ShortLog())
+    keep = KeepSteps(trainer, output / STEPS, args.checkpoints or [], held_out)
+    trainer.add_callback(keep)
+    claim(output, {"settings": given, "data": told["fingerprint"]})
+    seconds = train_from_last_checkpoint(trainer)
+    trainer.save_model()
+    log = trainer.state.log_history
+    report = {
+        "settings": given,
+        "data": told,
+        "revisions": base_revisions(model_args) | data_revisions(told),
+        "seconds": seconds,
+        "costs": {"RL": Cost(seconds, int(trainer.state.num_input_tokens_seen)).as_plain()},
+        "windows": windows(log),
+        "steps": {step: str(output / STEPS / step) for step in map(str, args.checkpoints or [])},
+        "moved": keep.moved(),
+        "log": log,
+        "device": current_device(),
+        "versions": versions(),
+    }
+    if trainer.is_world_process_zero():
+        _write(output, finite(report), f"{model_args.model_name_or_path} on {data.dataset}, seed {args.seed}")
+    return output / "report.json"
+
+
+def _read(
+    data: DataArguments, tokenizer: PreTrainedTokenizerBase, args: RLConfig
+) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, Any]]:
+    """Rows to train on, held-out rows of tokens, and what was read, told."""
+    rows, qa = load_rows(data)
+    told: dict[str, Any] = {"dataset": data.dataset, "fingerprint": qa.fingerprint, "rows": qa.describe()}
+    told |= {f"dataset_{name}": part for name, part in (("repo", qa.repo), ("commit", qa.commit)) if part}
+    measured = None
+    if data.held_out:
+        rows, held_out = hold_out(rows, data.held_out, data.split_seed)
+        held_out = held_out.select(range(min(len(held_out), MEASURED_DOCUMENTS)))
+        text = add_text(held_out, template=data.template, tokenizer=tokenizer)
+        measured, _ = tokenize_documents(text, tokenizer, 2048)
+    if args.selection:
+        rows, _ = hold_out(rows, args.selection, data.split_seed)
+    train, prompts = prompt_rows(first_rows(rows, data), data.template, tokenizer, args.max_prompt_length)
+    told["prompts"] = prompts.describe()
+    told |= {"unverifiable": prompts.unverifiable, "too_long": prompts.too_long}
+    for name in ("rows", "prompts"):
+        print(f"{name}: {told[name]}", flush=True)
+    return train, measured, told
+
+
+def _write(output: Path, report: dict[str, Any], subject: str) -> None:
+    moved = [[step, f"{m['kl']:.4f}", f"{m['update_norm']:.2f}"] for step, m in report["moved"].items()]
+    kept = markdown(["step", "KL(base, tuned)", "size of dW"], moved) if moved else "No step was kept."
+    text = (
+        f"# GRPO: {subject}\n\n{report['data']['rows']} {report['data']['prompts']}\n\n"
+        f"Means over parts of the run, in {report['seconds']:,.0f} s:\n\n{log_table(report['log'])}\n\n"
+        f"Adapters kept in `{STEPS}/`, measured on held-out text:\n\n{kept}\n\n"
+        "These rewards are of training problems. `resa-hf compare` or `resa-hf evaluate` tells whether an adapter "
+        "answers others better than its base.\n\nCompletions: `completions/*.parquet`.\n\n![By step](report.png)\n"
+    )
+    write_whole(output / "report.md", text)
+    plot_log(report["log"], output / "report.png", subject)
+    write_json(output / "report.json", report)
