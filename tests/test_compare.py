@@ -103,3 +103,30 @@ def test_a_checkpoint_behind_the_end_and_one_arm_alone(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert compare(tmp_path / "recipe.yaml", tmp_path / "other") == 2
     assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_an_adapter_of_its_own_for_each_seed(tmp_path):
+    """Seed 0 takes the source's adapter, seed 1 the same with its update doubled."""
+    for seed in (0, 1):
+        place = shutil.copytree(tiny_path("source"), tmp_path / f"taken-{seed}")
+        weights = load_file(place / "adapter_model.safetensors")
+        grown = {name: (1 + seed) * value if "lora_B" in name else value for name, value in weights.items()}
+        save_file(grown, place / "adapter_model.safetensors")
+    recipe = yaml.safe_load(recipe_path("tiny-reasoner/run/own_data.yaml").read_text())
+    arms = {f"taken {name}": {"adapter": f"{tmp_path}/taken-{name}"} for name in (0, 1)}
+    arms["each its own"] = {"adapter": f"{tmp_path}/taken-{{seed}}"}
+    recipe |= {"dataset": "tiny-reasoner", "seeds": [0, 1], "arms": arms}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert compare(tmp_path / "recipe.yaml", tmp_path / "run") == 0
+    moved = {}
+    for slug in ("taken-0", "taken-1", "each-its-own"):
+        places = [tmp_path / "run/arms" / slug / f"untrained/seed-{seed}" for seed in (0, 1)]
+        moved[slug] = [json.loads((place / "movement.json").read_text())["update_norm"] for place in places]
+        if slug == "each-its-own":
+            read = [(place / "answers/held_out").glob("*.jsonl") for place in places]
+            own = [next(paths).read_text().splitlines()[1:] for paths in read]
+    assert moved["taken-1"][0] == pytest.approx(2 * moved["taken-0"][0], rel=1e-4)
+    assert moved["each-its-own"] == [moved["taken-0"][0], moved["taken-1"][1]]
+    for seed, lines in enumerate(own):
+        (path,) = (tmp_path / f"run/arms/taken-{seed}/untrained/seed-{seed}/answers/held_out").glob("*.jsonl")
+        assert path.read_text().splitlines()[1:] == lines

@@ -135,6 +135,9 @@ class DataArguments:
             Use this many rows at most.
         held_out (`int`, *optional*, defaults to `200`):
             Questions kept out of training.
+        train_rows (`int`, *optional*):
+            Use this many of the rows that are left for training, the first ones; held-out and selection questions are
+            the same whatever it is. `None`: all.
         split_seed (`int`, *optional*, defaults to `0`):
             Seed of that split.
         template (`str`, *optional*, defaults to `"paper"`):
@@ -154,13 +157,17 @@ class DataArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
     limit: int | None = field(default=None, metadata={"help": "Use this many rows at most."})
     held_out: int = field(default=200, metadata={"help": "Questions kept out of training."})
+    train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows; default: all others."})
     split_seed: int = field(default=0, metadata={"help": "Seed of that split."})
     template: Template = field(default="paper", metadata={"help": "CoT-free text: paper or chat."})
     pack: bool = field(default=True, metadata={"help": "Chunks of exactly max_length; false: one document a row."})
 
     def __post_init__(self) -> None:
-        unset_none(self, "question_column", "answer_column", "solution_column", "dataset_revision", "limit")
+        unset_none(self, "question_column", "answer_column", "solution_column", "dataset_revision")
+        unset_none(self, "limit", "train_rows")
         if not self.dataset:
             raise ValueError("dataset is not set: name a .jsonl, .csv or .parquet file, a Hub dataset, or a preset.")
+        if self.train_rows is not None and self.train_rows < 1:
+            raise ValueError(f"train_rows is {self.train_rows}; it must be at least 1.")
         if self.template not in ("paper", "chat"):
             raise ValueError(f"template is {self.template!r}; it must be one of paper, chat.")

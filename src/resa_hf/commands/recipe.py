@@ -11,7 +11,7 @@ import yaml
 from trl import TrlParser
 
 from ..evaluation.engine import Sampling
-from ..experiment.arms import Arm, make_arms
+from ..experiment.arms import STUDENT, Arm, make_arms
 from ..experiment.settings import RunArguments, RunSettings
 from ..sae.config import SAETrainingConfig
 from ..tuning.config import SAETuningConfig
@@ -106,10 +106,12 @@ def parse_settings(
             f"{where}: {', '.join(misplaced)} in stage2 would make every arm a control; set it in an arm."
         )
     stage1, stage2 = _one_max_length(sections["stage1"], sections["stage2"])
-    checked = [_checked_arm(arm, run, stage2) for arm in make_arms(arms, run.sae is not None, run.has_source)]
+    sampling = Sampling(**sections["sampling"])
+    made = make_arms(arms, run.sae is not None, run.has_source)
+    checked = [_checked_arm(arm, run, stage2, sampling) for arm in made]
     if run.rl_arm not in (None, *(arm.name for arm in checked)):
         raise ValueError(f"rl_arm is {run.rl_arm!r}; the arms: {', '.join(arm.name for arm in checked)}.")
-    settings = RunSettings(run, stage1, stage2, Sampling(**sections["sampling"]), checked)
+    settings = RunSettings(run, stage1, stage2, sampling, checked)
     if settings.sae_sources:
         _check_stage1(settings)
     return settings
@@ -194,7 +196,7 @@ def _one_max_length(stage1: dict[str, Any], stage2: dict[str, Any]) -> tuple[dic
     return {**stage1, "max_length": length}, {**stage2, "max_length": length}
 
 
-def _checked_arm(arm: Arm, run: RunArguments, stage2: Mapping[str, Any]) -> Arm:
+def _checked_arm(arm: Arm, run: RunArguments, stage2: Mapping[str, Any], sampling: Sampling) -> Arm:
     """The arm with what is different in its Stage II alone, as values of their types."""
     where = f"Arm {arm.name!r}"
     tuning = _section("stage2", dict(arm.tuning), [], where)
@@ -209,6 +211,8 @@ def _checked_arm(arm: Arm, run: RunArguments, stage2: Mapping[str, Any]) -> Arm:
         config = SAETuningConfig(**{**stage2, **tuning, **trained}, output_dir="unused")
         config.check_sae(arm.sae_from != "none")
         config.check_control_sae(config.control_sae is not None)
+        if arm.text == STUDENT:
+            _check_on_policy(config, arm.sae_from != "none", sampling)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if config.kl_reference == "source" and not run.has_source:
@@ -216,6 +220,22 @@ def _checked_arm(arm: Arm, run: RunArguments, stage2: Mapping[str, Any]) -> Arm:
     usual = SAETuningConfig(**stage2, output_dir="unused")
     different = {key: getattr(config, key) for key in tuning if getattr(config, key) != getattr(usual, key)}
     return dataclasses.replace(arm, tuning=different)
+
+
+def _check_on_policy(config: SAETuningConfig, has_sae: bool, sampling: Sampling) -> None:
+    """Refuses what TRL's on-policy distillation has no counterpart for."""
+    wanted = {"kl_reference": "source", "kl_weight": 1.0, "sft_weight": 0.0, "control": None}
+    wrong = [f"{name} is {getattr(config, name)}" for name, value in wanted.items() if getattr(config, name) != value]
+    if wrong or has_sae:
+        raise ValueError(
+            "text: student needs sae_from: none, kl_reference: source, kl_weight: 1.0, sft_weight: 0.0 and no "
+            f"control, but {', '.join(wrong + ['there is an SAE'] * has_sae)}."
+        )
+    if config.kl_temperature != sampling.temperature:
+        raise ValueError(
+            "text: student takes one temperature for its answers and for the divergence, but sampling.temperature is "
+            f"{sampling.temperature} and kl_temperature {config.kl_temperature}: set both alike."
+        )
 
 
 def _check_stage1(settings: RunSettings) -> None:

@@ -13,7 +13,7 @@ from ..evaluation.cost import Cost, current_device
 from ..evaluation.movement import movement
 from ..evaluation.tables import finite
 from ..experiment.folder import claim, write_json
-from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, tokenize
+from ..experiment.prepare import MEASURED_DOCUMENTS, first_rows, load_rows, tokenize
 from ..experiment.report import versions
 from ..experiment.stages import tokens_trained_on, train_from_last_checkpoint
 from ..provenance import Revisions, data_revisions
@@ -36,6 +36,7 @@ def stage_text(
     parts = {"train": rows}
     if data.held_out:
         parts["train"], parts["held_out"] = hold_out(rows, data.held_out, data.split_seed)
+    parts["train"] = first_rows(parts["train"], data)
     tokens = {}
     for name, part in parts.items():
         tokens[name], counted = tokenize(part, data, tokenizer, max_length)

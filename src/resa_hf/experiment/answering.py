@@ -87,7 +87,7 @@ def _arm_model(
         return model
     if arm.known == "weight_noise":
         return with_noise(model, seed)
-    adapter = arm.adapter or str(folder.arm(arm, candidate, seed) / ADAPTER)
+    adapter = arm.taken_with(seed) or str(folder.arm(arm, candidate, seed) / ADAPTER)
     if arm.known is not None:
         like = next((other for other in settings.arms if other.name == arm.like), None)
         trained = None if like is None else folder.arm(like, candidate, seed) / ADAPTER

@@ -3,11 +3,14 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SAE_SOURCES = ("source", "base", "pretrained", "none")
 KNOWN = ("zero_adapter", "svd_of_source", "weight_noise", "random_adapter", "source")
+# What Stage II reads: the dataset's text, what a model writes to the training questions, or what the adapter does.
+DATASET, SOURCE, TARGET, STUDENT = TEXTS = ("dataset", "source", "target", "student")
+_SEED = "{seed}"
 # What Stage I trains the SAE of a control on.
 _CONTROL_SOURCES = {"prose_sae": "prose", "random_source_sae": "random"}
 
@@ -29,8 +32,13 @@ class Arm:
             The trained arm whose size a random adapter has.
         adapter (`str`, *optional*):
             Not trained, but taken: a PEFT adapter, as a folder or Hub repo, also as `owner/name@revision/sub/folder`.
+            `{seed}` in it stands for the seed, where each has an adapter of its own.
         tuning (`dict`):
             What is different in `stage2`, and only that.
+        text (`str`):
+            What it is trained on: `"dataset"`, the dataset's text; `"source"`, the source's answers to the training
+            questions, those that are right and not truncated; `"target"`, all of the untouched target's answers;
+            `"student"`, on-policy: what the adapter itself answers at each step.
     """
 
     name: str
@@ -39,6 +47,7 @@ class Arm:
     like: str | None = None
     adapter: str | None = None
     tuning: Mapping[str, Any] = field(default_factory=dict)
+    text: str = DATASET
 
     @property
     def slug(self) -> str:
@@ -58,7 +67,11 @@ class Arm:
     @property
     def is_seeded(self) -> bool:
         """Whether the model itself is another one with every seed."""
-        return self.is_trained or self.known in ("weight_noise", "random_adapter")
+        return self.is_trained or self.known in ("weight_noise", "random_adapter") or _SEED in (self.adapter or "")
+
+    def taken_with(self, seed: int) -> str | None:
+        """The adapter that is taken, if one is."""
+        return None if self.adapter is None else self.adapter.replace(_SEED, str(seed))
 
     @property
     def is_control(self) -> bool:
@@ -92,6 +105,7 @@ class Arm:
         """Whether what is claimed of the other arm should hold against this one.
 
         It is the other arm but for what stands in for the SAE, or a random adapter of its size, or CoT-free SFT.
+        SFT on text that a model wrote is none: it may well teach more than the other arm does.
         """
         if other.is_control or not (other.is_trained or other.adapter is not None):
             return False
@@ -103,11 +117,12 @@ class Arm:
         mine, theirs = (
             {key: value for key, value in arm.tuning.items() if key not in swapped} for arm in (self, other)
         )
-        return self.is_control and self.sae_from == other.sae_from and mine == theirs
+        alike = self.sae_from == other.sae_from and self.text == other.text
+        return self.is_control and alike and mine == theirs
 
     @property
     def _is_sft(self) -> bool:
-        return self.is_trained and self.tuning.get("kl_weight") == 0
+        return self.is_trained and self.tuning.get("kl_weight") == 0 and self.text == DATASET
 
 
 BASE = Arm("base", "none")
@@ -153,14 +168,20 @@ def make_arms(section: Mapping[str, Any] | None, pretrained: bool, has_source: b
     arms = []
     for name, entry in section.items():
         settings = dict(entry or {})
-        sae_from, known, like, adapter = (settings.pop(key, None) for key in ("sae_from", "known", "like", "adapter"))
+        keys = ("sae_from", "known", "like", "adapter", "text")
+        sae_from, known, like, adapter, text = (settings.pop(key, None) for key in keys)
         if sae_from not in (None, *SAE_SOURCES) or known not in (None, *KNOWN):
             raise ValueError(
                 f"Arm {name!r}: sae_from is {sae_from!r} (valid: {', '.join(SAE_SOURCES)}) and known is {known!r} "
                 f"(valid: {', '.join(KNOWN)})."
             )
+        if text not in (None, *TEXTS):
+            raise ValueError(f"Arm {name!r}: text is {text!r} (valid: {', '.join(TEXTS)}).")
         made = known is not None or adapter is not None
-        arms.append(Arm(str(name), "none" if made else sae_from or default_sae, known, like, adapter, settings))
+        if made and text is not None:
+            raise ValueError(f"Arm {name!r} cannot set text: it is not trained.")
+        sae_from = "none" if made else sae_from or default_sae
+        arms.append(Arm(str(name), sae_from, known, like, adapter, settings, text or DATASET))
         _check_arm(arms[-1], pretrained, has_source)
     slugs = [arm.slug for arm in arms] + ["base"]
     if len(set(slugs)) != len(slugs) or not all(slugs):
@@ -178,12 +199,18 @@ def make_arms(section: Mapping[str, Any] | None, pretrained: bool, has_source: b
 def run_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run, as its report has them, as `--config` takes them."""
     sections = {name: section for name, section in settings.items() if name not in ("run", "arms")}
-    keys = ("sae_from", "known", "like", "adapter")
+    keys = ("sae_from", "known", "like", "adapter", "text")
     named = {
-        arm.name: {key: value for key in keys if (value := vars(arm)[key]) is not None} | dict(arm.tuning)
+        arm.name: {key: value for key in keys if (value := plain_arm(arm).get(key)) is not None} | dict(arm.tuning)
         for arm in (Arm(**entry) for entry in settings["arms"])
     }
     return {**settings["run"], **sections, "arms": named}
+
+
+def plain_arm(arm: Arm) -> dict[str, Any]:
+    """An arm as JSON can hold it; `text` only where it is not the dataset's, as in runs that knew no other."""
+    plain = {**asdict(arm), "tuning": dict(arm.tuning)}
+    return {key: value for key, value in plain.items() if (key, value) != ("text", DATASET)}
 
 
 def _check_arm(arm: Arm, pretrained: bool, has_source: bool) -> None:
@@ -191,6 +218,8 @@ def _check_arm(arm: Arm, pretrained: bool, has_source: bool) -> None:
         raise ValueError(f"Arm {arm.name!r} is both known ({arm.known}) and taken ({arm.adapter}): it can be one.")
     if arm.known in ("svd_of_source", "source") and not has_source:
         raise ValueError(f"Arm {arm.name!r}: {arm.known} needs a source model that is not the target.")
+    if arm.text in (SOURCE, STUDENT) and not has_source:
+        raise ValueError(f"Arm {arm.name!r}: text: {arm.text} needs a source model that is not the target.")
     if arm.sae_from == "pretrained" and not pretrained:
         raise ValueError(f"Arm {arm.name!r} wants the pretrained SAE, but `sae` is not set.")
     if arm.sae_from in ("source", "base") and pretrained:

@@ -70,6 +70,10 @@ class RunFolder:
         """The folder of the SAEs that were trained on a source."""
         return (self.stage1 or self.root) / "sae" / source / f"seed-{seed}"
 
+    def text(self, text: str, seed: int) -> Path:
+        """The folder of what a model, `"source"` or `"target"`, wrote to the training questions."""
+        return self.root / "text" / text / f"seed-{seed}"
+
     def training(self, arm: Arm, candidate: Candidate, seed: int) -> Path:
         """The folder of one training: arm, learning rate and seed."""
         return self.root / "arms" / arm.slug / candidate.folder_name / f"seed-{seed}"

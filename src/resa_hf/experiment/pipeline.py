@@ -8,7 +8,7 @@ from .plan import plan, test_sizes
 from .prepare import describe, prepare
 from .report import as_plain, write_report
 from .results import ArmResult, choose_candidates, collect
-from .schedule import arm_jobs, choosing_jobs, stage1_jobs, workers
+from .schedule import arm_jobs, choosing_jobs, stage1_jobs, text_jobs, workers
 from .settings import RunSettings
 
 
@@ -33,6 +33,7 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
         print(f"Overlap of training and tasks: {overlap.counts()}", flush=True)
     with workers(folder, settings) as run_jobs:
         run_jobs(stage1_jobs(settings), "Stage I")
+        run_jobs(text_jobs(settings), "Sampling text")
         choosing = choosing_jobs(settings)
         run_jobs(choosing, "Choosing learning rates")
         chosen, chosen_by = choose_candidates(folder, settings, choosing)
@@ -45,9 +46,11 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
 
 def free_sections(folder: RunFolder) -> tuple[str, ...]:
     """The sections that a run started again may set otherwise: a mistake in Stage II's settings that showed after
-    Stage I is to be mended without training the SAEs again.
+    Stage I is to be mended without training the SAEs again, or sampling text again.
     """
-    return () if any(folder.root.glob("arms/**/*.json*")) else ("stage2", "arms", "sampling")
+    if any(folder.root.glob("arms/**/*.json*")):
+        return ()
+    return ("stage2", "arms") if any(folder.root.glob("text/**/*.json*")) else ("stage2", "arms", "sampling")
 
 
 def prepare_run(folder: RunFolder, settings: RunSettings) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def prepare(
         run (`RunArguments`): which data.
         max_length (`int`): tokens in a row.
         prose (`bool`, *optional*, defaults to `False`): whether plain text is needed, too.
-        source_teaches (`bool`, *optional*, defaults to `False`): whether the source is some arm's teacher; its special
-            tokens must then be the target's, too.
+        source_teaches (`bool`, *optional*, defaults to `False`): whether the source is some arm's teacher, or writes
+            its text; its special tokens must then be the target's, too.
 
     Returns:
         `dict`: what was read, kept, left out and counted; also in `data/data.json`.
@@ -61,10 +61,9 @@ def prepare(
             return report
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
     _check_tokenizers(run, tokenizer, source_teaches)
-    train, held_out = hold_out(rows, run.held_out, run.split_seed)
+    train, held_out, selection = _split(rows, run)
     questions = {"held_out": _questions(held_out, run.template, load_answering_tokenizer(run))}
-    if run.selection:
-        train, selection = hold_out(train, run.selection, run.split_seed)
+    if selection is not None:
         questions["selection"] = _questions(selection, run.template, tokenizer)
     parts = {"train": train, "held_out": held_out.select(range(min(len(held_out), MEASURED_DOCUMENTS)))}
     if run.trigger_dataset is not None:
@@ -82,6 +81,28 @@ def prepare(
     write_json(folder.data("questions.json"), questions)
     write_json(folder.data("data.json"), report)
     return report
+
+
+def _split(
+    rows: datasets.Dataset, run: RunArguments
+) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset | None]:
+    """Rows to train on, held-out ones, and those to choose learning rates on."""
+    train, held_out = hold_out(rows, run.held_out, run.split_seed)
+    selection = None
+    if run.selection:
+        train, selection = hold_out(train, run.selection, run.split_seed)
+    return first_rows(train, run), held_out, selection
+
+
+def first_rows(train: datasets.Dataset, data: DataArguments) -> datasets.Dataset:
+    """The first `train_rows` of the rows that are left for training, or all."""
+    return train if data.train_rows is None else train.select(range(min(len(train), data.train_rows)))
+
+
+def training_questions(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The training questions, each with its `answer` and the `prompt` that evaluation would give."""
+    train, _, _ = _split(load_rows(run)[0], run)
+    return _questions(train, run.template, tokenizer)
 
 
 def _read(run: RunArguments, qa: QAReport, trigger_qa: QAReport) -> dict[str, Any]:
@@ -122,7 +143,7 @@ def _write_tokens(
     max_length: int,
 ) -> dict[str, Any]:
     tokenized, counted = tokenize(rows, run, tokenizer, max_length)
-    _save(tokenized, folder.data(name))
+    save_rows(tokenized, folder.data(name))
     return {
         "rows": len(rows),
         "tokens": counted.tokens,
@@ -145,7 +166,7 @@ def _write_prose(
         )
     stream = chain.from_iterable(_token_rows(tokenized))
     rows = ([list(islice(stream, len(ids)))] for ids in _token_rows(questions))
-    _save(write_arrow(rows, questions.features.arrow_schema), folder.data("prose"))
+    save_rows(write_arrow(rows, questions.features.arrow_schema), folder.data("prose"))
     told = f"{tokens:,} tokens of prose."
     return {"rows": len(questions), "tokens": tokens, "chunks": len(questions), "describe": told}
 
@@ -187,9 +208,10 @@ def _questions(rows: datasets.Dataset, template: Template, tokenizer: PreTrained
     ]
 
 
-def _save(packed: datasets.Dataset, path: Path) -> None:
+def save_rows(tokenized: datasets.Dataset, path: Path) -> None:
+    """Writes rows of tokens into a folder, in the place of what is there."""
     shutil.rmtree(path, ignore_errors=True)
-    packed.save_to_disk(path)
+    tokenized.save_to_disk(path)
 
 
 def describe(report: dict[str, Any]) -> str:

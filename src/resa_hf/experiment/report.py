@@ -27,8 +27,10 @@ from ..evaluation.tables import (
 )
 from ..provenance import Revisions
 from .answering import GREEDY, HELD_OUT, SELECTION, read_answers
+from .arms import SOURCE, plain_arm
 from .folder import RunFolder, read_json, write_json, write_whole
-from .results import ArmResult, harness_check, read_revisions, sae_quality
+from .results import ArmResult, harness_check, read_revisions, sae_quality, sampled_texts
+from .sampled_text import TEXT
 from .settings import RunArguments, RunSettings
 from .stages import STAGE1, TUNING
 
@@ -49,7 +51,7 @@ def write_report(
     Returns:
         `str`: the table and what follows from it, for the terminal.
     """
-    saes = sae_quality(folder, settings)
+    saes, texts = sae_quality(folder, settings), sampled_texts(folder, settings)
     revisions = read_revisions(folder, settings, data)
     costs = read_costs(folder.roots, settings.run.price_per_gpu_hour)
     ratios = _rl_ratios(settings.run, results)
@@ -65,14 +67,14 @@ def write_report(
         ratio_table(compared, settings.run.rl_arm or ""),
         _harness(checks),
         _sae_lines(saes),
+        _text_lines(texts),
         planned["text"],
         "" if overlap is None else overlap.as_markdown(),
         cost_table(costs),
         _rl_lines(ratios),
     ]
     text = "\n\n".join(part for part in parts if part)
-    title = f"# {settings.run.model_name_or_path} on {settings.run.dataset}\n\n![accuracy by arm](report.png)"
-    write_whole(folder.root / "report.md", f"{title}\n\n{text}\n\n{_closing(settings, data, revisions)}\n")
+    write_whole(folder.root / "report.md", f"{_title(settings)}\n\n{text}\n\n{_closing(settings, data, revisions)}\n")
     content = {
         "settings": as_plain(settings),
         "sweep_points": folder.points,
@@ -83,19 +85,22 @@ def write_report(
         "chosen_on": _chosen_on(settings) if choosing else None,
         "choice": choosing,
         "sae_quality": saes,
+        "sampled_text": texts,
         "arms": [plain_result(result) for result in results],
         "harness_check": [{"arm": name, "expected": expected, "got": got} for name, expected, got in checks],
         "overlap": None if overlap is None else overlap.as_plain(),
         "costs": {name: cost.as_plain() for name, cost in costs.items()},
-        "rl_ratios": {
-            name: {key: value and asdict(value) for key, value in ratio.items()} for name, ratio in ratios.items()
-        },
+        "rl_ratios": _plain_ratios(ratios),
         "device": current_device(),
         "versions": versions(),
     }
     write_json(folder.root / "report.json", finite(content))
     plot_comparison(compared, folder.root / "report.png", _subtitle(settings, results), kind_of_accuracy(settings))
     return text
+
+
+def _title(settings: RunSettings) -> str:
+    return f"# {settings.run.model_name_or_path} on {settings.run.dataset}\n\n![accuracy by arm](report.png)"
 
 
 def _closing(settings: RunSettings, data: dict[str, Any], revisions: Revisions) -> str:
@@ -124,7 +129,7 @@ def as_plain(settings: RunSettings) -> dict[str, Any]:
         "stage1": dict(settings.stage1),
         "stage2": dict(settings.stage2),
         "sampling": asdict(settings.sampling),
-        "arms": [{**asdict(arm), "tuning": dict(arm.tuning)} for arm in settings.arms],
+        "arms": [plain_arm(arm) for arm in settings.arms],
     }
 
 
@@ -206,6 +211,17 @@ def _sae_lines(saes: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _text_lines(texts: dict[str, dict[str, Any]]) -> str:
+    """What was asked for the text of all seeds, what of it is trained on, and what writing it took."""
+    lines = [
+        f"- Text sampled from the {text}: {told['asked']:,} questions asked, {told['kept']:,} kept"
+        f"{' (right and not truncated)' if text == SOURCE else ''}; {told['tokens']:,} tokens written in "
+        f"{told['seconds']:,.0f} s."
+        for text, told in texts.items()
+    ]
+    return "\n".join(lines)
+
+
 def read_costs(roots: Iterable[Path], price: float | None) -> dict[str, Cost]:
     """What the parts of a run took, told by the files in its folders: all arms and seeds, and what was tried to choose
     among.
@@ -220,8 +236,10 @@ def read_costs(roots: Iterable[Path], price: float | None) -> dict[str, Cost]:
         for split in (SELECTION, HELD_OUT, GREEDY)
         for task in read_answers(place, split).values()
     ]
+    texts = [read_json(path) for root in folders for path in root.glob(f"text/*/*/{TEXT}")]
     parts = {
         "Stage I": [(sae["seconds"], sae["tokens"]) for sae in saes],
+        **({"sampled text": [(text["seconds"], text["tokens"]) for text in texts]} if texts else {}),
         "Stage II": [(tuning["seconds"], tuning["tokens"]) for tuning in tunings],
         "evaluation": [(task["seconds"], int(task["lengths"].sum())) for task in answers],
     }
@@ -251,6 +269,10 @@ def _rl_ratios(run: RunArguments, results: list[ArmResult]) -> dict[str, dict[st
             hours = Interval(gpus * time.estimate, gpus * time.low, gpus * time.high) if gpus else None
             ratios[result.arm.name] = {"time": time, "gpu_hours": hours}
     return ratios
+
+
+def _plain_ratios(ratios: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {key: value and asdict(value) for key, value in ratio.items()} for name, ratio in ratios.items()}
 
 
 def _rl_lines(ratios: dict[str, dict[str, Any]]) -> str:

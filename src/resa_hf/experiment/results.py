@@ -10,6 +10,7 @@ from ..provenance import Revisions, data_revisions, merge_revisions
 from .answering import GREEDY, HELD_OUT, MOVEMENT, REVISIONS, read_answers
 from .arms import BASE, Arm, Candidate
 from .folder import RunFolder, read_json
+from .sampled_text import TEXT
 from .schedule import Job
 from .settings import RunSettings
 from .stages import STAGE1, TUNING
@@ -32,7 +33,7 @@ class ArmResult:
         without_sae (`dict`): of the adapter that answers, with the SAE removed: `kl`, KL(base || tuned) on the
             held-out text, and `update_norm`, ||dW|| over all modules.
         seconds, tokens (`dict`): spent on `training` (Stage II) and on `answers`, all seeds.
-        training_seconds (`list[float]`): of Stage I and II with each seed.
+        training_seconds (`list[float]`): of Stage I and II with each seed, and of sampling the text for them.
     """
 
     arm: Arm
@@ -148,7 +149,10 @@ def _read(
             "training": sum(t["tokens"] for t in tuned),
             "answers": sum(int(task["lengths"].sum()) for task in every),
         },
-        "training_seconds": [before + t["seconds"] for before, t in zip(stage1, tuned, strict=True)] if tuned else [],
+        "training_seconds": [
+            before + t["seconds"] + t.get("text", {}).get("seconds", 0.0)
+            for before, t in zip(stage1 if tuned else [], tuned, strict=True)
+        ],
     }
     return sampled, line
 
@@ -178,6 +182,15 @@ def sae_quality(folder: RunFolder, settings: RunSettings) -> dict[str, dict[str,
         for key in ("seconds", "tokens"):
             table[source][key] = sum(report[key] for report in reports)
     return table
+
+
+def sampled_texts(folder: RunFolder, settings: RunSettings) -> dict[str, dict[str, Any]]:
+    """Of each text that a model wrote, over all seeds: questions `asked` and `kept`, `tokens` written, `seconds`."""
+    reports = {
+        text: [read_json(folder.text(text, seed) / TEXT) for seed in settings.run.seeds] for text in settings.texts
+    }
+    keys = ("asked", "kept", "tokens", "seconds")
+    return {text: {key: sum(r[key] for r in seeds) for key in keys} for text, seeds in reports.items()}
 
 
 def read_revisions(folder: RunFolder, settings: RunSettings, data: dict[str, Any]) -> Revisions:

@@ -21,11 +21,12 @@ from .settings import RunSettings
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: Stage I on `source`, or an arm's training and answers.
+    """One piece of work: Stage I on `source`, the text of a model, or an arm's training and answers.
 
     Args:
         seed (`int`): everything random in it.
         source (`str`, *optional*): what to train SAEs on.
+        text (`str`, *optional*): the model that answers the training questions, `source` or `target`.
         arm (`Arm`, *optional*): the arm.
         candidates (`tuple[Candidate, ...]`): how it is trained, of one learning rate, that is one training; empty
             where nothing is trained.
@@ -35,6 +36,7 @@ class Job:
 
     seed: int
     source: str | None = None
+    text: str | None = None
     arm: Arm | None = None
     candidates: tuple[Candidate, ...] = ()
     split: str = "held_out"
@@ -43,16 +45,19 @@ class Job:
     @property
     def title(self) -> str:
         """What is shown while it runs."""
-        what = f"SAE of the {self.source}" if self.source else self.arm.name if self.arm else ""
+        what = self.arm.name if self.arm else f"text of the {self.text}" if self.text else f"SAE of the {self.source}"
         return f"{what}, seed {self.seed}" + (f", lr {self.candidates[0].rate:g} (choosing)" if self.choosing else "")
 
     def run(self, folder: RunFolder, settings: RunSettings) -> None:
         """Does the work, unless its files are there."""
         from .answering import run_arm
+        from .sampled_text import sample_text
         from .stages import train_saes
 
         if self.source is not None:
             train_saes(folder, settings, self.source, self.seed)
+        elif self.text is not None:
+            sample_text(folder, settings, self.text, self.seed)
         elif self.arm is not None:
             for candidate in self.candidates or (None,):
                 run_arm(folder, settings, self.arm, candidate, self.seed, self.split)
@@ -61,6 +66,11 @@ class Job:
 def stage1_jobs(settings: RunSettings) -> list[Job]:
     """One Stage I for each source and seed."""
     return [Job(seed, source=source) for seed in settings.run.seeds for source in settings.sae_sources]
+
+
+def text_jobs(settings: RunSettings) -> list[Job]:
+    """One sampling for each text and seed, whichever arms are trained on it."""
+    return [Job(seed, text=text) for seed in settings.run.seeds for text in settings.texts]
 
 
 def choosing_jobs(settings: RunSettings) -> list[Job]:

@@ -7,7 +7,7 @@ from typing import Any
 from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments, unset_none
 from ..evaluation.benchmarks import FileTasks
 from ..evaluation.engine import Sampling
-from .arms import Arm, Candidate
+from .arms import SOURCE, TARGET, Arm, Candidate
 
 
 @dataclass
@@ -153,8 +153,15 @@ class RunSettings:
 
     @property
     def source_teaches(self) -> bool:
-        """Whether the source is some arm's teacher."""
-        return any({**self.stage2, **arm.tuning}.get("kl_reference") == "source" for arm in self.arms)
+        """Whether the source is some arm's teacher, or writes what it is trained on."""
+        return any(
+            arm.text == SOURCE or {**self.stage2, **arm.tuning}.get("kl_reference") == "source" for arm in self.arms
+        )
+
+    @property
+    def texts(self) -> list[str]:
+        """What is sampled before Stage II: `"source"`, `"target"`."""
+        return sorted({arm.text for arm in self.arms if arm.text in (SOURCE, TARGET)})
 
     @property
     def chosen_on(self) -> str:

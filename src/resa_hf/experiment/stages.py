@@ -23,10 +23,13 @@ from ..sae.config import SAETrainingConfig
 from ..sae.metadata import ce_recovered
 from ..sae.trainer import SAETrainer
 from ..tuning.config import SAETuningConfig
+from ..tuning.on_policy import OnPolicyTrainer, on_policy_config, on_policy_prompts
 from ..tuning.trainer import SAETuningTrainer
-from .arms import Arm, Candidate
+from .arms import DATASET, STUDENT, Arm, Candidate
 from .folder import RunFolder, read_json, write_json
 from .loading import load_sae_source, load_source, load_target
+from .prepare import training_questions
+from .sampled_text import TEXT, TOKENS
 from .settings import RunArguments, RunSettings
 
 ADAPTER, TUNING, STAGE1 = "adapter", "tuning.json", "stage1.json"
@@ -111,20 +114,14 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
         eval_on_start=True,
         eval_strategy="no",
     )
-    train, held_out = (datasets.load_from_disk(folder.data(name)) for name in ("train", "held_out"))
-    trainer = SAETuningTrainer(
-        load_target(run),
-        args,
-        train,
-        held_out,
-        processing_class=load_tokenizer(run.model_name_or_path, revision=run.model_revision),
-        source_model=load_source(run) if args.kl_reference == "source" else None,
-        peft_config=run.lora_config(),
-    )
+    trainer = _on_policy_trainer(folder, settings, args) if arm.text == STUDENT else _trainer(folder, run, arm, args)
     steps = run.checkpoints or []
     if steps and 0 < args.max_steps < max(steps):
         raise ValueError(f"checkpoints names step {max(steps)}, but Stage II has {args.max_steps} steps.")
     read = base_revisions(run) | (source_revisions(run, run) if args.kl_reference == "source" else {})
+    text = read_json(folder.text(arm.text, seed) / TEXT) if arm.text not in (DATASET, STUDENT) else None
+    if text is not None:
+        read |= text["revisions"]
     if arm.sae_from == "pretrained":
         read |= sae_revision("sae", args.sae, args.sae_revision)
     places = {step: folder.arm(arm, Candidate(candidate.rate, step), seed) / ADAPTER for step in steps}
@@ -134,18 +131,48 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
     if steps and max(steps) > trainer.state.global_step:
         raise ValueError(f"checkpoints names step {max(steps)}, but Stage II has {trainer.state.global_step} steps.")
     trainer.save_model(str(place / ADAPTER))
-    _write_tuning(trainer, place, seconds, train, read)
+    _write_tuning(trainer, place, seconds, read, text)
     shutil.rmtree(place / "run", ignore_errors=True)  # checkpoints of what is finished
 
 
+def _trainer(folder: RunFolder, run: RunArguments, arm: Arm, args: SAETuningConfig) -> SAETuningTrainer:
+    rows = folder.data("train") if arm.text == DATASET else folder.text(arm.text, args.seed) / TOKENS
+    train, held_out = (datasets.load_from_disk(path) for path in (rows, folder.data("held_out")))
+    return SAETuningTrainer(
+        load_target(run),
+        args,
+        train,
+        held_out,
+        processing_class=load_tokenizer(run.model_name_or_path, revision=run.model_revision),
+        source_model=load_source(run) if args.kl_reference == "source" else None,
+        peft_config=run.lora_config(),
+    )
+
+
+def _on_policy_trainer(folder: RunFolder, settings: RunSettings, args: SAETuningConfig) -> OnPolicyTrainer:
+    run, sampling = settings.run, settings.sampling
+    tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
+    prompts = [question["prompt"] for question in training_questions(run, tokenizer)]
+    return OnPolicyTrainer(
+        load_target(run),
+        load_source(run),
+        on_policy_config(args, top_p=sampling.top_p, max_new_tokens=sampling.max_new_tokens),
+        train_dataset=on_policy_prompts(prompts, tokenizer, args),
+        eval_dataset=datasets.load_from_disk(folder.data("held_out")),
+        processing_class=tokenizer,
+        peft_config=run.lora_config(),
+    )
+
+
 def _write_tuning(
-    trainer: SAETuningTrainer, place: Path, seconds: float, train: datasets.Dataset, revisions: Revisions
+    trainer: Trainer, place: Path, seconds: float, revisions: Revisions, text: dict[str, Any] | None
 ) -> None:
     history = trainer.state.log_history
     report = {
         "seconds": seconds,
         "steps": trainer.state.global_step,
-        "tokens": tokens_trained_on(trainer, train),
+        "tokens": tokens_trained_on(trainer, trainer.train_dataset),
+        **({} if text is None else {"text": text}),
         "revisions": revisions,
         "evaluations": [entry for entry in history if "eval_loss" in entry],
         "log": history,
@@ -155,6 +182,8 @@ def _write_tuning(
 
 def tokens_trained_on(trainer: Trainer, train: datasets.Dataset) -> int:
     """Tokens trained on, over all epochs and processes."""
+    if isinstance(trainer, OnPolicyTrainer):
+        return int(trainer.state.num_input_tokens_seen)
     return round(sum(map(len, train["input_ids"])) * (trainer.state.epoch or 0.0))
 
 

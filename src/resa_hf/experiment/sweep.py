@@ -35,7 +35,8 @@ _FREE = {field.name for field in fields(LoraArguments)}
 _FREE |= {"sae", "sae_id", "sae_revision", "learning_rates", "checkpoints", "choose_on_test", "margin"}
 _FREE |= {"rl_arm", "rl_seconds", "rl_gpus", "price_per_gpu_hour", "processes", "output_dir"}
 _FREE_IN_STAGE1 = _FREE | {"tasks", "file_prompt", "greedy"}
-_FREE_IN_BASE = _FREE | {field.name for field in fields(SourceArguments)} | {"trigger_dataset", "prose"}
+_FREE_IN_BASE = _FREE | {field.name for field in fields(SourceArguments)}
+_FREE_IN_BASE |= {"trigger_dataset", "prose", "train_rows"}
 
 
 @dataclass(frozen=True)
