@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,143 +16,9 @@ import pytest
 
 from resa_hf.rl.limited import LimitedReward
 
-FUNCTIONS = r"""
-    import asyncio, json, math, os, subprocess, sys, time
-    from decimal import Decimal
-    from fractions import Fraction
 
-    import numpy
-
-    def brevity(completions, **columns):
-        return [-len(text) for text in completions]
-
-    def pid(completions, **columns):
-        return [os.getpid()] * len(completions)
-
-    def matches(completions, answer, level, **columns):
-        return [float(text == gold) * weight for text, gold, weight in zip(completions, answer, level, strict=True)]
-
-    def given(completions, **columns):
-        columns = {name: values for name, values in columns.items() if name != "to"}
-        open(os.environ["GIVEN"], "w").write(json.dumps({"completions": completions, **columns}))
-        return [0] * len(completions)
-
-    def numbers(completions, **columns):
-        return [True, Fraction(1, 2), Decimal("0.25"), numpy.float32(0.125), numpy.int64(7), None][: len(completions)]
-
-    def array(completions, **columns):
-        return numpy.arange(len(completions)) / 2
-
-    async def later(completions, **columns):
-        await asyncio.sleep(0.01)
-        return [0.75] * len(completions)
-
-    def no_numbers(completions, **columns):
-        return [1.5, math.nan, math.inf, "2", b"2", [2], object(), None, 10**400, 2j]
-
-    def prints(completions, **columns):
-        print('{"values": [9]}')
-        sys.stdout.write("no line end")
-        sys.__stdout__.write("more\n")
-        os.write(1, b'{"values": [8]}\n')
-        subprocess.run(["echo", '{"values": [7]}'])
-        return [float(sys.stdin.read() == "")] * len(completions)
-
-    def sleeps(completions, **columns):
-        if "sleep" in completions:
-            time.sleep(1000)
-        return [1.0] * len(completions)
-
-    def counts(completions, **columns):
-        if "count" in completions:
-            while True:
-                pass
-        return [1.0] * len(completions)
-
-    def powers(completions, **columns):
-        if "power" in completions:
-            9**9**9
-        return [1.0] * len(completions)
-
-    def spares_nobody(completions, **columns):
-        if "catch" in completions:
-            while True:
-                try:
-                    time.sleep(1000)
-                except BaseException:
-                    pass
-        return [1.0] * len(completions)
-
-    def raises(completions, **columns):
-        if "bad" in completions:
-            raise KeyError("no such thing \ud800")
-        return [1.0] * len(completions)
-
-    def exits(completions, **columns):
-        if "bad" in completions:
-            sys.exit("enough")
-        return [1.0] * len(completions)
-
-    def dies(completions, **columns):
-        if "bad" in completions:
-            os._exit(7)
-        return [1.0] * len(completions)
-
-    def crashes(completions, **columns):
-        if "bad" in completions:
-            os.kill(os.getpid(), 11)
-        return [1.0] * len(completions)
-
-    def one_less(completions, **columns):
-        return [1.0] * (len(completions) - 1)
-
-    def one_more(completions, **columns):
-        return [1.0] * (len(completions) + 1)
-
-    def nothing(completions, **columns):
-        return None
-
-    def one_number(completions, **columns):
-        return 1.0
-
-    def needs_the_state(completions, trainer_state, **columns):
-        return [1.0] * len(completions)
-
-    def starts_another(completions, **columns):
-        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-        open(os.environ["PID"], "w").write(str(other.pid))
-        if "sleep" in completions:
-            time.sleep(1000)
-        return [1.0] * len(completions)
-
-    def forks(completions, **columns):
-        # The copy keeps the way back open, and has a session of its own.
-        if os.fork() == 0:
-            os.setsid()
-            open(os.environ["PID"], "w").write(str(os.getpid()))
-            time.sleep(30)
-            os._exit(0)
-        time.sleep(1000)
-
-    def tells_its_pid(completions, **columns):
-        open(os.environ["PID"], "w").write(str(os.getpid()))
-        if "sleep" in completions:
-            time.sleep(1000)
-        if "power" in completions:
-            9**9**9
-        return [1.0] * len(completions)
-
-    NUMBER = 3
-"""
-Made = Callable[..., LimitedReward]
-
-
-@pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """`made("brevity", seconds=20)`: the function of this name, in a module that only the path of this test has."""
-    (tmp_path / "own_rewards.py").write_text(textwrap.dedent(FUNCTIONS))
-    monkeypatch.syspath_prepend(tmp_path)
-    return lambda name, seconds=20.0: LimitedReward(f"own_rewards.{name}", seconds)
+def made(name: str, seconds: float = 20.0) -> LimitedReward:
+    return LimitedReward(f"user_rewards.{name}", seconds)
 
 
 def call(reward: LimitedReward, *completions: Any, **columns: Any) -> tuple[list[float | None], dict[str, float]]:
@@ -181,7 +46,7 @@ def gone(pid: int, seconds: float = 5.0) -> bool:
 FINE = {"timed_out": 0.0, "failed": 0.0}
 
 
-def test_calls_the_function_with_the_columns(made: Made) -> None:
+def test_calls_the_function_with_the_columns() -> None:
     assert made("brevity").__name__ == "brevity"
     assert call(made("brevity"), "four", "", "sixsix") == ([-4.0, 0.0, -6.0], FINE)
     matches = made("matches")
@@ -190,7 +55,7 @@ def test_calls_the_function_with_the_columns(made: Made) -> None:
     assert matches(["?"], ["a"], [[1]], answer=["a"], level=[2]) == [2.0]
 
 
-def test_what_is_no_json_is_left_out(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_json_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIVEN", str(tmp_path / "given"))
     texts = ["a\n\r\u2028b", "\ud800\0", [{"role": "assistant", "content": "中文"}]]
     loop: list[Any] = []
@@ -207,7 +72,7 @@ def test_what_is_no_json_is_left_out(made: Made, tmp_path: Path, monkeypatch: py
     assert (values, metrics["failed"]) == ([0.0], 1.0)
 
 
-def test_what_counts_as_a_number(made: Made) -> None:
+def test_what_counts_as_a_number() -> None:
     assert call(made("numbers"), *"abcdef") == ([1.0, 0.5, 0.25, 0.125, 7.0, None], FINE)
     assert call(made("array"), *"abc") == ([0.0, 0.5, 1.0], FINE)
     assert call(made("later"), *"ab") == ([0.75, 0.75], FINE)
@@ -216,7 +81,7 @@ def test_what_counts_as_a_number(made: Made) -> None:
     assert metrics == {"timed_out": 0.0, "failed": 0.8}
 
 
-def test_what_it_prints_or_reads_is_not_the_protocol(made: Made, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_it_prints_or_reads_is_not_the_protocol(capfd: pytest.CaptureFixture[str]) -> None:
     prints = made("prints")
     for _ in range(2):
         assert call(prints, "a", "b") == ([1.0, 1.0], FINE)
@@ -229,9 +94,7 @@ def test_what_it_prints_or_reads_is_not_the_protocol(made: Made, capfd: pytest.C
     ("name", "completion"),
     [("sleeps", "sleep"), ("counts", "count"), ("powers", "power"), ("spares_nobody", "catch")],
 )
-def test_is_stopped_when_it_takes_too_long(
-    made: Made, name: str, completion: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_is_stopped_when_it_takes_too_long(name: str, completion: str, caplog: pytest.LogCaptureFixture) -> None:
     reward = made(name, seconds=1.0)
     assert call(reward, "a") == ([1.0], FINE)
     for _ in range(2):
@@ -241,7 +104,7 @@ def test_is_stopped_when_it_takes_too_long(
         assert 1.0 <= time.monotonic() - start < 5
         assert gone(child)
         assert call(reward, "a", "b") == ([1.0, 1.0], FINE)
-    assert caplog.text.count(f"own_rewards.{name} took more than 1 s for a batch, and was stopped") == 1
+    assert caplog.text.count(f"user_rewards.{name} took more than 1 s for a batch, and was stopped") == 1
 
 
 @pytest.mark.parametrize(
@@ -253,14 +116,12 @@ def test_is_stopped_when_it_takes_too_long(
         ("crashes", "ended its process (exit status -11)"),
     ],
 )
-def test_what_raises_or_crashes_scores_0(
-    made: Made, name: str, warning: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_raises_or_crashes_scores_0(name: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
     reward = made(name)
     for _ in range(2):
         assert call(reward, "a") == ([1.0], FINE)
         assert call(reward, "a", "bad") == ([0.0, 0.0], {"timed_out": 0.0, "failed": 1.0})
-    assert caplog.text.count(f"own_rewards.{name} {warning}") == 1
+    assert caplog.text.count(f"user_rewards.{name} {warning}") == 1
 
 
 @pytest.mark.parametrize(
@@ -272,14 +133,12 @@ def test_what_raises_or_crashes_scores_0(
         ("one_number", "raised TypeError"),
     ],
 )
-def test_a_wrong_number_of_values_scores_0(
-    made: Made, name: str, warning: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_wrong_number_of_values_scores_0(name: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
     assert call(made(name), *"abc") == ([0.0] * 3, {"timed_out": 0.0, "failed": 1.0})
     assert warning in caplog.text
 
 
-def test_one_process_serves_all_batches_and_another_follows_its_death(made: Made) -> None:
+def test_one_process_serves_all_batches_and_another_follows_its_death() -> None:
     reward = made("pid")
     (first,), (second,) = call(reward, "a")[0], call(reward, "a")[0]
     assert first == second != os.getpid()
@@ -289,14 +148,14 @@ def test_one_process_serves_all_batches_and_another_follows_its_death(made: Made
     assert third not in (0.0, first) and metrics == FINE
 
 
-def test_a_batch_larger_than_a_pipe_passes(made: Made) -> None:
+def test_a_batch_larger_than_a_pipe_passes() -> None:
     texts = ["x" * 1_000_000, "y" * 2_000_000]
     assert call(made("brevity"), *texts) == ([-1e6, -2e6], FINE)
     # Nothing reads what is sent to a process that is busy in C.
     assert call(made("powers", seconds=1.0), "power", "x" * 10_000_000)[1]["timed_out"] == 1.0
 
 
-def test_an_empty_batch_has_no_rewards(made: Made) -> None:
+def test_an_empty_batch_has_no_rewards() -> None:
     assert call(made("brevity")) == ([], {})
 
 
@@ -304,19 +163,22 @@ def test_an_empty_batch_has_no_rewards(made: Made) -> None:
     ("path", "message"),
     [
         ("no_such_module.brevity", "importing 'no_such_module' raised ModuleNotFoundError: No module named"),
-        ("own_rewards.no_such_function", "module 'own_rewards' has no function 'no_such_function'"),
-        ("own_rewards.NUMBER", "module 'own_rewards' has no function 'NUMBER'"),
+        ("user_rewards.no_such_function", "module 'user_rewards' has no function 'no_such_function'"),
+        ("user_rewards.NUMBER", "module 'user_rewards' has no function 'NUMBER'"),
         ("broken_rewards.brevity", "importing 'broken_rewards' raised ZeroDivisionError: division by zero"),
         ("leaving_rewards.brevity", "importing 'leaving_rewards' raised SystemExit: 3"),
         ("dying_rewards.brevity", "importing its module ended the process"),
-        ("own_rewards.", "module 'own_rewards' has no function ''"),
+        ("user_rewards.", "module 'user_rewards' has no function ''"),
         (".brevity", "importing '' raised ValueError: Empty module name"),
     ],
 )
-def test_a_function_that_is_not_there_is_a_value_error(made: Made, tmp_path: Path, path: str, message: str) -> None:
+def test_a_function_that_is_not_there_is_a_value_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
     (tmp_path / "broken_rewards.py").write_text("print('{}')\n1 / 0\n")
     (tmp_path / "leaving_rewards.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "dying_rewards.py").write_text("import os\nos._exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=re.escape(f"The reward function {path!r} cannot be used: {message}")):
         LimitedReward(path, 20.0)
 
@@ -325,14 +187,14 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "here.py").write_text("def half(completions, **columns):\n    return [0.5]\n")
     # What has the name of a module that is installed must not hide it.
-    (tmp_path / "json.py").write_text("1 / 0\n")
-    (tmp_path / "package" / "__init__.py").write_text("import numpy, json\n")
+    (tmp_path / "colorsys.py").write_text("1 / 0\n")
+    (tmp_path / "package" / "__init__.py").write_text("import numpy, colorsys\n")
     monkeypatch.chdir(tmp_path)
     assert call(LimitedReward("package.here.half", 20.0), "a") == ([0.5], FINE)
 
 
 @pytest.mark.slow
-def test_what_it_started_is_stopped_with_it(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_started_is_stopped_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PID", str(tmp_path / "pid"))
     assert call(made("starts_another", seconds=2.0), "sleep")[1]["timed_out"] == 1.0
     assert gone(int((tmp_path / "pid").read_text()))
@@ -347,7 +209,7 @@ CALLER = """
     import sys
     from resa_hf.rl.limited import LimitedReward
     completions = sys.argv[2:]
-    reward = LimitedReward("own_rewards.tells_its_pid", float(sys.argv[1]))
+    reward = LimitedReward("user_rewards.tells_its_pid", float(sys.argv[1]))
     print(reward(prompts=["?"], completions=completions[:1], completion_ids=[[1]]), flush=True)
     reward(prompts=["?"], completions=completions[1:] or ["a"], completion_ids=[[1]])
     print("done", flush=True)
@@ -366,8 +228,8 @@ CALLER = """
         ("power", 3, signal.SIGKILL),  # in C, where nothing of ours runs before its limit
     ],
 )
-def test_ends_with_its_caller(made: Made, tmp_path: Path, then: str, limit: int, kill: signal.Signals | None) -> None:
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "PID": str(tmp_path / "pid")}
+def test_ends_with_its_caller(tmp_path: Path, then: str, limit: int, kill: signal.Signals | None) -> None:
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PID": str(tmp_path / "pid")}
     command = [sys.executable, "-c", textwrap.dedent(CALLER), str(limit), "a", then]
     caller = subprocess.Popen(command, env=found, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert caller.stdin is not None and caller.stdout is not None

@@ -9,112 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reward_cases import ANSWERS, CASES
 from trl.rewards import get_cosine_scaled_reward
 
 from resa_hf.rl import rewards as module
 from resa_hf.rl.config import RLConfig
 from resa_hf.rl.rewards import Reward, make_rewards
-
-# completion, verified answer, then by hand: is it right, is it well formed, how many of the three tags occur once, and
-# the answer found.
-CASES: list[tuple[str, str, int, int, int, str | None]] = [
-    ("2+2=4</think><answer>4</answer>", "4", 1, 1, 3, "4"),
-    ("2+2=5</think><answer>5</answer>", "4", 0, 1, 3, "5"),
-    ("so 4\n</think>\n\n<answer>\n4\n</answer>\n", "4", 1, 1, 3, "4"),
-    ("<think>so</think><answer>4</answer>", "4", 1, 1, 3, "4"),
-    ("\n <think>\nso</think> <answer>4</answer>", "4", 1, 1, 3, "4"),
-    ("so</think><answer>Answer: 4</answer>", "4", 1, 1, 3, "4"),
-    (r"so</think><answer>\boxed{4}</answer>", "4", 1, 1, 3, "4"),
-    (r"so</think><answer>It is $\boxed{4}$.</answer>", "4", 1, 1, 3, "4"),
-    ("if 3 < 4 <b>then</b></think><answer>4</answer>", "4", 1, 1, 3, "4"),
-    # no reasoning, or no answer
-    ("</think><answer>4</answer>", "4", 1, 0, 3, "4"),
-    ("<think>\n</think><answer>4</answer>", "4", 1, 0, 3, "4"),
-    ("so</think><answer></answer>", "4", 0, 0, 3, None),
-    ("so</think><answer> \n</answer>", "4", 0, 0, 3, None),
-    ("", "4", 0, 0, 0, None),
-    (" \n ", "4", 0, 0, 0, None),
-    ("4", "4", 0, 0, 0, None),
-    # tags that are missing
-    ("so <answer>4</answer>", "4", 1, 0, 2, "4"),
-    ("so</think> 4", "4", 0, 0, 1, None),
-    ("so</think>The answer is 4.", "4", 1, 0, 1, "4"),
-    (r"so</think>\boxed{4}", "4", 1, 0, 1, "4"),
-    (r"so \boxed{4} and cut o", "4", 1, 0, 0, "4"),
-    (r"<think>so \boxed{4} and cut o", "4", 1, 0, 0, "4"),
-    ("so</think><answer>4", "4", 0, 0, 2, None),
-    ("so</think>4</answer>", "4", 0, 0, 2, None),
-    ("<think>so 4", "4", 0, 0, 0, None),
-    ("so</THINK><answer>4</answer>", "4", 1, 0, 2, "4"),
-    ("so</think><ANSWER>4</ANSWER>", "4", 0, 0, 1, None),
-    ("so</think ><answer>4</answer>", "4", 1, 0, 2, "4"),
-    # tags too many, nested, or in the wrong order
-    ("so <think>so</think><answer>4</answer>", "4", 1, 0, 3, "4"),
-    ("<think><think>so</think><answer>4</answer>", "4", 1, 0, 3, "4"),
-    ("<think>so</think>so</think><answer>4</answer>", "4", 1, 0, 2, "4"),
-    ("so</think><answer>4</answer><answer>4</answer>", "4", 1, 0, 1, "4"),
-    ("so</think><answer>3</answer><answer>4</answer>", "4", 1, 0, 1, "4"),
-    ("so</think><answer>4</answer><answer>3</answer>", "4", 0, 0, 1, "3"),
-    ("so</think><answer>I say <answer>4</answer>", "4", 1, 0, 2, "4"),
-    ("<answer>4</answer> so</think><answer>4</answer>", "4", 1, 0, 1, "4"),
-    ("<answer>3</answer> so</think><answer>4</answer>", "4", 1, 0, 1, "4"),
-    ("so<answer>4</answer></think>", "4", 1, 0, 3, "4"),
-    ("so</think><answer>4</answer></think>", "4", 1, 0, 2, "4"),
-    ("so</think></answer>4<answer>", "4", 0, 0, 3, None),
-    ("so</think><answer><think>4</think></answer>", "7", 0, 0, 2, None),
-    # something beside the tags
-    ("so</think> hence <answer>4</answer>", "4", 1, 0, 3, "4"),
-    ("so</think><answer>4</answer> I am sure.", "4", 1, 0, 3, "4"),
-    # several answers
-    (r"\boxed{3}</think><answer>4</answer>", "4", 1, 1, 3, "4"),
-    (r"\boxed{4}</think><answer>3</answer>", "4", 0, 1, 3, "3"),
-    (r"\boxed{4}</think>I do not know.", "4", 1, 0, 1, "4"),
-    (r"so</think>\boxed{3}, no, \boxed{4}", "4", 1, 0, 1, "4"),
-    ("so</think><answer>3 or 4</answer>", "4", 0, 1, 3, "3 or 4"),
-    ("so</think><answer>4, 5</answer>", "4", 0, 1, 3, "4, 5"),
-    # repeated, and over-long, without an end
-    ("so " * 2000 + "</think><answer>4</answer>", "4", 1, 1, 3, "4"),
-    ("so " * 2000, "4", 0, 0, 0, None),
-    ("</think>" * 2000, "4", 0, 0, 0, None),
-    # other languages
-    ("二加二等于四。</think><answer>4</answer>", "4", 1, 1, 3, "4"),
-    ("方程无解。</think><answer>无解</answer>", "无解", 1, 1, 3, "无解"),
-    ("方程有解。</think><answer>有解</answer>", "无解", 0, 1, 3, "有解"),
-    ("Also zwölf.</think><answer>zwölf</answer>", "Zwölf", 1, 1, 3, "zwölf"),
-    # The comma of a German decimal is that of a pair.
-    ("Also dreieinhalb.</think><answer>3,5</answer>", "3.5", 0, 1, 3, "3,5"),
-    ("إذن</think><answer>١٢</answer>", "١٢", 1, 1, 3, "١٢"),
-    ("إذن</think><answer>١٣</answer>", "١٢", 0, 1, 3, "١٣"),
-    # no text that anybody would write
-    ("so\ud800</think><answer>4</answer>", "4", 1, 1, 3, "4"),
-    ("so</think><answer>\ud800</answer>", "4", 0, 1, 3, "\ud800"),
-    ("so\0</think><answer>4</answer>", "4", 1, 1, 3, "4"),
-    ("so</think><answer>\0</answer>", "4", 0, 1, 3, "\0"),
-]
-# answer, verified answer, is it right: in a completion that is well formed.
-ANSWERS = [
-    (r"\frac{1}{2}", "0.5", 1),
-    (r"\dfrac12", r"\frac{1}{2}", 1),
-    (r"$\tfrac{1}{2}$", "1/2", 1),
-    (r"\sqrt{8}", r"2\sqrt{2}", 1),
-    ("x = 5", "5", 1),
-    ("(1, 2)", "(1,2)", 1),
-    ("(2, 1)", "(1,2)", 0),
-    ("1,234", "1234", 1),
-    (r"10\%", "0.1", 1),
-    (r"90^\circ", "90", 1),
-    (r"4 \text{ cm}", "4", 1),
-    (r"\left\{1,2\right\}", r"\{2,1\}", 1),
-    ("x^2+2x+1", "(x+1)^2", 1),
-    ("3/2", r"\frac{2}{3}", 0),
-    (r"\text{C}", "C", 1),
-    ("B", "C", 0),
-    ("silent", "listen", 0),
-    ("4", r"Adding both gives $\boxed{4}$.", 1),
-    ("5", r"Adding both gives $\boxed{4}$.", 0),
-    (r"\frac{1}{", r"\frac{1}{2}", 0),
-    ("4 = 4 = 4", "5", 0),
-]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Whole completions, judged; the error rates on pairs that a person has judged, and on the real benchmarks."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,9 @@ def test_oracles_on_the_real_rows(file: str, shared_data: Path) -> None:
         # Equal to the gold for -11/6 only.
         wrong = FORMATS[0].format(answer=rf"7 \cdot ({row['answer']}) + 11")
         assert not score(kind, wrong, row["answer"])[0], row["answer"]
+
+
+def test_many_blanks_in_the_last_line_cost_no_time():
+    started = time.perf_counter()
+    assert final_answer("so\nThe answer is: a" + " " * 100_000 + "b") == "a b"
+    assert time.perf_counter() - started < 1

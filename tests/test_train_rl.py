@@ -75,6 +75,7 @@ def test_trl_reads_a_prompt_as_evaluation_does(template, adds_bos):
         ({"selection": -1}, "selection is -1; it must be at least 0"),
         ({"checkpoints": [0, 5]}, "checkpoints is .0, 5.; give steps, from 1 on"),
         ({"steps_per_generation": 4, "save_steps": 6}, "save_steps is 6, but completions are generated every 4 steps"),
+        ({"use_vllm": True}, "use_vllm is true, but vLLM is not installed"),
         ({"num_iterations": 3, "save_steps": 10}, "make it a multiple of 3"),
     ],
 )

@@ -51,7 +51,8 @@ def final_answer(completion: str) -> str | None:
 
 def _stated(text: str) -> str | None:
     lines = text.strip().splitlines()
-    match = _STATED.search(lines[-1]) if lines else None
+    # The pattern takes the square of the blanks in a row, of which a model may write thousands.
+    match = _STATED.search(" ".join(lines[-1].split())) if lines else None
     return match[1].strip("* ") if match else None  # bold in Markdown
 
 

@@ -82,6 +82,8 @@ class RLConfig(GRPOConfig):
             setattr(self, name, value)
         if self.use_vllm is None:
             self.use_vllm = torch.cuda.is_available() and is_vllm_available()
+        elif self.use_vllm and not is_vllm_available():
+            raise ValueError("use_vllm is true, but vLLM is not installed: `pip install vllm`, or leave use_vllm out.")
         super().__post_init__()
         self._check_rewards()
         for name, low in (

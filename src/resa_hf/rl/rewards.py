@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _JUDGED = ("accuracy", "cosine", "length")
 _TAG = re.compile(r"(</?(?:think|answer)>)")
-# Several blanks within a line say no more than one, and the search for an answer takes the square of their number.
-_BLANKS = re.compile(r"[^\S\r\n\v\f\x1c-\x1e\x85\u2028\u2029]{2,}")
 
 
 class Reward(Protocol):
@@ -213,7 +211,7 @@ class BuiltInReward:
 def _text(completion: Any) -> str:
     """A completion's text; of a conversation, that of its last message, which need not have any."""
     text = completion if isinstance(completion, str) else completion[-1].get("content") if completion else None
-    return _BLANKS.sub(" ", text) if isinstance(text, str) else ""
+    return text if isinstance(text, str) else ""
 
 
 def _report(
