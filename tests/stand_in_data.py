@@ -16,14 +16,23 @@ from resa_hf.presets import PRESETS
 
 Rows = list[dict[str, Any]]
 PARQUET = "data/train-00000-of-00001.parquet"
+# To questions that all have the same, for models that know no other.
+ONE_ANSWER = "7"
 
 
-def serve_datasets(hub: HubServer, rows: int) -> None:
-    """Puts training sets of so many rows on the Hub, and the six benchmarks with all of theirs."""
+def serve_datasets(hub: HubServer, rows: int, *, one_answer: bool = False) -> None:
+    """Puts training sets of so many rows on the Hub, and the six benchmarks with all of theirs.
+
+    Args:
+        hub (`HubServer`): where.
+        rows (`int`): of a training set.
+        one_answer (`bool`, *optional*, defaults to `False`): whether all of them have `ONE_ANSWER`.
+    """
+    question = _question_with_one_answer if one_answer else _question
     for name, make in _TRAINING.items():
         preset = PRESETS[name]
         licence = f"license: {preset.licence}\n" if preset.licence else ""
-        path, content, more = make([_question(number) for number in range(rows)])
+        path, content, more = make([question(number) for number in range(rows)])
         files = {path: content, "README.md": f"---\n{licence}{more}---\n# {name}\n"}
         hub.create_repo(preset.repo, "dataset", files=files, commit=preset.revision)
     for name, (path, columns) in _BENCHMARKS.items():
@@ -38,6 +47,10 @@ def serve_datasets(hub: HubServer, rows: int) -> None:
 def _question(number: int) -> tuple[str, str]:
     # Long enough for 64 of them to fill a chunk of 2,048 tokens.
     return f"There are ${number}$ apples and ${number % 7}$ more. What is their sum?", str(number + number % 7)
+
+
+def _question_with_one_answer(number: int) -> tuple[str, str]:
+    return f"There are ${number}$ apples in each of ${ONE_ANSWER}$ baskets. How many baskets are there?", ONE_ANSWER
 
 
 def _packed(path: str, rows: Rows) -> bytes | str:
@@ -95,7 +108,7 @@ _TRAINING: dict[str, Callable[[Sequence[Any]], Any]] = {
         lambda question, answer: {
             "problem": question,
             "answer": answer,
-            "solution": "" if answer == "5" else f"Counting on from there gives $\\boxed{{{answer}}}$.",
+            "solution": "" if answer.endswith("50") else f"Counting on from there gives $\\boxed{{{answer}}}$.",
         },
     ),
     "open-s1": _file(
@@ -108,6 +121,16 @@ _TRAINING: dict[str, Callable[[Sequence[Any]], Any]] = {
             "messages": _messages(question, answer),
         },
     ),
+    "open-rs": _file(
+        PARQUET,
+        lambda question, answer: {
+            "problem": question,
+            "solution": f"It is ${answer}$.",
+            "answer": answer,
+            "level": "Easy",
+        },
+    ),
+    "limr": _file("limr.json", lambda question, answer: {"prompt": question, "answer": answer}),
     "ii-thought": _file(
         PARQUET,
         lambda question, answer: {

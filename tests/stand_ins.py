@@ -18,6 +18,7 @@ from lighteval.tasks.tasks.aime import MATH_PROMPT_TEMPLATE
 from lighteval.tasks.tasks.gpqa import gpqa_instruct_prompt
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
+from stand_in_data import ONE_ANSWER
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -45,6 +46,7 @@ _WORDS = (
 _SAMPLE = ["User: There are apples and more. What is their sum? Assistant: think answer Answer: "]
 # Lines of the prompts, a token each: they would be most of the text.
 _PROMPTS = [R1_PROMPT, MATH_PROMPT_TEMPLATE.format(prompt=""), gpqa_instruct_prompt(gpqa_rows(1)[0], "").query]
+_ANSWER = f" Counting. </think>\n<answer> Answer: {ONE_ANSWER}</answer>"
 _LINES = [line for prompt in _PROMPTS for line in prompt.splitlines() if len(line) > 20]
 
 
@@ -72,17 +74,22 @@ class Size:
         width (`int`): of the residual stream.
         spread, gain (`float`): of the embeddings, and of the MLPs' gates and inputs.
         end (`float`): how far the logit of the end stands above the others.
+        answer (`float`, *optional*): the same of a token that is a whole answer, `stand_in_data.ONE_ANSWER`. `None`:
+            there is no such token.
     """
 
     width: int = 16
     spread: float = 1.0
     gain: float = 1.0
     end: float = 6.0
+    answer: float | None = None
 
 
 # An SAE of 65,536 latents, 32 active, begins far worse than the mean in 16 dimensions, where the 32 point one way. In
 # 128 it learns in some dozen steps, if there is more to learn than the mean.
 WIDE = Size(width=128, spread=3.0, gain=2.0, end=16.0)
+# For what is trained on its own answers: some are right, and some only end.
+ANSWERING = Size(answer=6.0)
 
 _LLAMA_ROPE = {
     "rope_type": "llama3",
@@ -165,6 +172,8 @@ def serve_models(hub: HubServer, folder: Path, recipe: str, size: Size = Size())
 
 def _write_model(folder: Path, model: _Model, size: Size, seed: int) -> None:
     tokenizer = _tokenizer(model)
+    if size.answer is not None:
+        tokenizer.add_tokens([AddedToken(_ANSWER, normalized=False)])
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -201,8 +210,10 @@ def _tokenizer(model: _Model) -> Tokenizer:
 
 
 def _random_model(model: _Model, tokenizer: Tokenizer, size: Size, seed: int) -> PreTrainedModel:
-    """Random but for one thing: nearly every answer is a single token, the end, so that answering takes no time."""
+    """Random but for one thing: nearly every response is a single token, the end, so that answering takes no time, or
+    one more before it, an answer."""
     end = tokenizer.token_to_id(model.eos)
+    likely = {end: size.end} | ({} if size.answer is None else {tokenizer.token_to_id(_ANSWER): size.answer})
     config = AutoConfig.for_model(
         model.kind,
         # The real embeddings have rows to spare, too.
@@ -224,10 +235,11 @@ def _random_model(model: _Model, tokenizer: Tokenizer, size: Size, seed: int) ->
         for name, weight in made.named_parameters():
             if "gate_proj" in name or "up_proj" in name:
                 weight *= size.gain
-        # Every hidden state has a large first component, and the end's row answers to it.
+        # Every hidden state has a large first component, and the rows of what is likely answer to it.
         for rows in (embeddings, head):
             rows[:, 0] = 1.0
-            rows[end, 0] = 1.0 + size.end / size.width**0.5
+            for token, above in likely.items():
+                rows[token, 0] = 1.0 + above / size.width**0.5
     return made.to(torch.bfloat16)
 
 

@@ -162,6 +162,91 @@ def test_the_sweep_over_the_sources_steps_of_table_4():
         assert point.run.source_adapter == row.run.source_adapter
 
 
+def row_of(name):
+    return parse(RECIPES / R1 / "run" / f"{name}.yaml")
+
+
+def set_keys(section):
+    """What a section says: a grid says `null` where a row says nothing."""
+    return {key: value for key, value in section.items() if value is not None}
+
+
+# Beside which point of an ablation which row of the paper's stands.
+POINTS_THAT_ARE_ROWS = [
+    ("gradient_and_rate", ("flow", 1e-6), "resa-still-v1"),
+    ("k_and_latents", (32, 65_536), "resa-still-v3"),
+    ("elicitation", ("still",), "resa-still-v1"),
+    ("elicitation", ("deepscaler",), "resa-deepscaler-v4"),
+    ("elicitation", ("open-s1",), "resa-still2open-s1"),
+    ("elicitation", ("ii-thought",), "resa-still2ii-thought"),
+    ("elicitation", ("openr1-math",), "resa-still2openr1"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "row"), POINTS_THAT_ARE_ROWS)
+def test_a_point_of_an_ablation_has_the_values_of_its_row(name, values, row):
+    points = parse(RECIPES / R1 / "sweep" / f"{name}.yaml").points
+    (point,) = [point.settings for point in points if tuple(point.values.values()) == values]
+    theirs = row_of(row)
+    assert set_keys(point.stage1) == theirs.stage1 and point.stage2 == theirs.stage2
+    for key in ("dataset", "source_adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        assert getattr(point.run, key) == getattr(theirs.run, key)
+    assert (point.run.trigger_dataset or point.run.dataset) == (theirs.run.trigger_dataset or theirs.run.dataset)
+
+
+def test_what_the_ablations_vary():
+    grids = {
+        "sft": {"solution_column": [None, "solution"]},
+        "elicitation": {"dataset": list(DATASETS)},
+        "gradient_and_rate": {"stage2.sae_gradient": ["flow", "stop"], "stage2.learning_rate": [1e-6, 1e-5, 1e-4]},
+        "k_and_latents": {"stage1.k": [16, 32, 64], "stage1.num_latents": [16_384, 65_536]},
+    }
+    for name, grid in grids.items():
+        assert read(R1, "sweep", name)["grid"] == grid
+    assert read(R1, "sweep", "elicitation")["tasks"] == SIX
+    # One SAE serves gradients and rates, and one base every size of the SAE.
+    assert len({point.stage1 for point in parse(RECIPES / R1 / "sweep" / "gradient_and_rate.yaml").points}) == 1
+    for name in ("gradient_and_rate", "k_and_latents"):
+        assert len({point.base for point in parse(RECIPES / R1 / "sweep" / f"{name}.yaml").points}) == 1
+
+
+def test_the_sft_ablation_with_a_tuned_rate():
+    for point in parse(RECIPES / R1 / "sweep" / "sft.yaml").points:
+        (arm,) = point.settings.arms
+        assert (arm.sae_from, arm.tuning) == ("none", {"kl_weight": 0.0, "sft_weight": 1.0})
+        assert point.settings.chosen_on == "selection" and point.settings.run.selection == 200
+        assert [candidate.rate for candidate in point.settings.candidates] == [1e-6, 1e-5, 1e-4]
+        released = row_of("cot-based-sft").stage2
+        assert set_keys(point.settings.stage2) == {key: released[key] for key in released if key != "learning_rate"}
+
+
+def test_the_teachers():
+    run = parse(RECIPES / R1 / "compare" / "teachers.yaml")
+    source = {"sae_from": "none", "kl_reference": "source"}
+    teachers = {
+        "SAE-Tuning": {"sae_from": "source"},
+        "teacher = source": source,
+        "teacher = source with its SAE": source | {"sae_from": "source", "sae_in": "teacher"},
+        "teacher = source with a random SAE": source
+        | {"sae_from": "source", "sae_in": "teacher", "control": "random_sae"},
+        "teacher = source, on text of the target": source | {"text": "target"},
+        "teacher = source, on-policy": source | {"text": "student", "kl_temperature": 0.6},
+        "SFT on the source's traces": {"sae_from": "none", "kl_weight": 0.0, "sft_weight": 1.0, "text": "source"},
+        "CoT-free SFT": {"sae_from": "none", "kl_weight": 0.0, "sft_weight": 1.0},
+    }
+    trained = {arm.name: arm for arm in run.arms if arm.is_trained}
+    assert {
+        name: {"sae_from": arm.sae_from, **arm.tuning, **({} if arm.text == "dataset" else {"text": arm.text})}
+        for name, arm in trained.items()
+    } == teachers
+    made = {arm.known: arm for arm in run.arms if not arm.is_trained}
+    assert made.keys() == {"source", "random_adapter"}
+    assert made["random_adapter"].like == "teacher = source" and made["source"].name == run.run.rl_arm
+    assert MODELS[run.run.source_adapter] == "Tina-STILL" and run.chosen_on == "selection"
+    # What Tina-STILL was trained on is no test for it.
+    assert run.run.dataset == "still" and run.run.tasks and not any("still" in task for task in run.run.tasks)
+
+
 @pytest.mark.parametrize(
     ("folder", "name", "dataset", "traces", "batch"),
     [
@@ -208,7 +293,7 @@ def test_revisions_are_pinned_and_costs_told(path):
 @pytest.mark.parametrize("folder", sorted(path.name for path in RECIPES.iterdir() if path.is_dir()))
 def test_a_readme_names_its_recipes_and_no_other(folder):
     text = (RECIPES / folder / "README.md").read_text()
-    named = set(re.findall(r"`((?:sae|tune|run|compare|evaluate|sweep|features)/[\w.-]+\.yaml)`", text))
+    named = set(re.findall(r"`((?:sae|tune|rl|run|compare|evaluate|sweep|features)/[\w.-]+\.yaml)`", text))
     there = {f"{path.parent.name}/{path.name}" for path in (RECIPES / folder).glob("*/*.yaml")}
     assert named == there
 

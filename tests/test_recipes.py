@@ -10,12 +10,15 @@ from resa_hf.commands.grid import parse_sweep
 from resa_hf.commands.recipe import parse_flat, parse_run, recipe_path
 from resa_hf.evaluation.arguments import EvaluateArguments
 from resa_hf.features.arguments import FeatureArguments
+from resa_hf.rl.config import RLConfig
 from resa_hf.sae.config import SAETrainingConfig
 from resa_hf.tuning.config import SAETuningConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STAGE1 = (ModelArguments, DataArguments, SAETrainingConfig)
 STAGE2 = (ModelArguments, SourceArguments, LoraArguments, DataArguments, SAETuningConfig)
+RL = (ModelArguments, LoraArguments, DataArguments, RLConfig)
+FLAT = {"sae": STAGE1, "tune": STAGE2, "rl": RL, "evaluate": (EvaluateArguments,), "features": (FeatureArguments,)}
 
 
 def parse(path, *flags):
@@ -25,8 +28,7 @@ def parse(path, *flags):
         return parse_run(["--config", str(path), *own, *flags], "test", "")
     if kind == "sweep":
         return parse_sweep(["--config", str(path), *flags], "test", "")
-    types = {"sae": STAGE1, "tune": STAGE2, "evaluate": (EvaluateArguments,), "features": (FeatureArguments,)}[kind]
-    return parse_flat(types, ["--config", str(path), *flags], "test", "")[0]
+    return parse_flat(FLAT[kind], ["--config", str(path), *flags], "test", "")[0]
 
 
 ALL = pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*/*.yaml")), ids=lambda path: "/".join(path.parts[-3:]))
@@ -65,7 +67,7 @@ def test_every_key_of_a_recipe_counts(path, tmp_path):
 
 def test_every_kind_of_recipe_is_there():
     kinds = {path.parent.name for path in RECIPES.glob("*/*/*.yaml")}
-    assert kinds == {"sae", "tune", "run", "compare", "evaluate", "sweep", "features"}
+    assert kinds == {"sae", "tune", "rl", "run", "compare", "evaluate", "sweep", "features"}
     assert all((folder / "README.md").is_file() for folder in RECIPES.iterdir() if folder.is_dir())
     assert recipe_path("tiny-reasoner/run/demo.yaml").is_file()
     assert recipe_path("tiny-reasoner/run/demo_full.yaml").is_file()

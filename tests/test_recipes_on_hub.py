@@ -1,7 +1,8 @@
 """Recipes, unmodified, against the local Hub: tiny stand-ins under the real names, with the real schemas and commits.
 
-Each is trained, published and evaluated; only dtype and steps are set by flags. One of them here, and all, which takes
-hours, with RESA_ALL_RECIPES=1 (`make test-recipes`). The tiny reasoner's need no Hub and are tested elsewhere.
+Each is trained, published and evaluated, or trained by RL and read as a source; only dtype and steps are set by flags.
+One of them here, and all, which takes hours, with RESA_ALL_RECIPES=1 (`make test-recipes`). The tiny reasoner's need
+no Hub and are tested elsewhere.
 """
 
 import json
@@ -9,15 +10,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_server import HubServer
+from safetensors.torch import load_file
 from stand_in_data import serve_datasets
 
 from resa_hf.cli import main as resa_hf
+from resa_hf.models import load_causal_lm
 
 pytest.importorskip("lighteval")
 
-from stand_ins import WIDE, Size, serve_models  # the benchmarks' prompts are lighteval's
+from stand_ins import ANSWERING, WIDE, Size, serve_models  # the benchmarks' prompts are lighteval's
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ALL = sorted(path for path in RECIPES.glob("*/*/*.yaml") if path.parts[-3] != "tiny-reasoner")
@@ -27,8 +31,9 @@ STEPS = {"stage1": "1", "stage2": "2"}
 # A low-rank control stands for an SAE that is better than the mean activation: so many steps, on a wider model, and
 # one of the recipe's seeds, or it takes an hour.
 STEPS_TO_LEARN, ONE_SEED = "60", ["--seeds", "0"]
-# Rows to train on, beside those that the recipe holds out: one chunk of 2,048 tokens or more.
-TRAIN_ROWS = 64
+# Rows to train on, beside those that the recipe holds out: one chunk of 2,048 tokens or more. Of the questions that a
+# stand-in answers itself, so many that those with a right answer are as much.
+TRAIN_ROWS, ANSWERED_ROWS = 64, 256
 
 
 @pytest.fixture
@@ -38,8 +43,11 @@ def serve(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def put(recipe: Path) -> dict:
         settings = yaml.safe_load(recipe.read_text())
-        serve_models(hub, tmp_path / "made", recipe.read_text(), WIDE if has_low_rank(settings) else Size())
-        serve_datasets(hub, settings.get("held_out", 0) + settings.get("selection", 0) + TRAIN_ROWS)
+        answering = learns_from_answers(settings)
+        size = ANSWERING if answering else WIDE if has_low_rank(settings) else Size()
+        serve_models(hub, tmp_path / "made", recipe.read_text(), size)
+        rows = settings.get("held_out", 0) + settings.get("selection", 0)
+        serve_datasets(hub, rows + (ANSWERED_ROWS if answering else TRAIN_ROWS), one_answer=answering)
         return settings
 
     return put
@@ -49,15 +57,21 @@ def has_low_rank(settings: dict) -> bool:
     return any((arm or {}).get("control") == "low_rank" for arm in settings.get("arms", {}).values())
 
 
+def learns_from_answers(settings: dict) -> bool:
+    """Whether some of its answers to the training questions must be right, or differ in what they are worth."""
+    return "reward_funcs" in settings or any("text" in (arm or {}) for arm in settings.get("arms", {}).values())
+
+
 def run(recipe: Path, settings: dict) -> Path:
     """Runs a recipe as it is; returns its output folder."""
     kind = recipe.parent.name
-    command = {"sae": "train-sae"}.get(kind, kind)
+    command = {"sae": "train-sae", "rl": "train-rl"}.get(kind, kind)
     low_rank = has_low_rank(settings)
     numbers = STEPS | ({"stage1": STEPS_TO_LEARN} if low_rank else {})
     steps = [word for name in STEPS if name in settings for word in (f"--{name}.max_steps", numbers[name])]
     steps += ONE_SEED if low_rank else []
     steps = ["--max_steps", "1"] if kind in ("sae", "tune") else steps
+    steps = ["--max_steps", "2", "--checkpoints", "1", "2"] if kind == "rl" else steps
     assert resa_hf([command, "--config", str(recipe), "--dtype", "float32", *steps]) == 0
     return Path(settings["output_dir"])
 
@@ -101,6 +115,23 @@ def check_published(hub: HubServer, settings: dict, adapter: str | None, saes: s
         assert weights == {f"{hookpoint}/sae_weights.safetensors" for hookpoint in hookpoints}
 
 
+def check_source(folder: Path, settings: dict) -> None:
+    """What the steps keep is an adapter of the model, and the second one moves it: the first is the warmup's zero."""
+    first, second = (load_file(folder / "steps" / step / "adapter_model.safetensors") for step in ("1", "2"))
+    assert len(second) == 2 * 7 * 28
+    assert not any(weight.any() for name, weight in first.items() if "lora_B" in name)
+    assert any(weight.any() for name, weight in second.items() if "lora_B" in name)
+    # In float64, since the first steps of a warmup are smaller than what float32 can tell from the weights.
+    base = load_causal_lm(
+        settings["model_name_or_path"], revision=settings["model_revision"], dtype=torch.float64
+    ).state_dict()
+    source = load_causal_lm(str(folder / "steps" / "2"), dtype=torch.float64).state_dict()
+    assert {name for name in base if not torch.equal(base[name], source[name])} <= {
+        f"{name.removeprefix('base_model.model.').partition('.lora')[0]}.weight" for name in second
+    }
+    assert any(not torch.equal(base[name], source[name]) for name in base)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", CHOSEN, ids=lambda path: "/".join(path.parts[-3:]))
 def test_a_recipe_on_the_local_hub(recipe: Path, hub: HubServer, serve, tmp_path: Path) -> None:
@@ -119,6 +150,9 @@ def test_a_recipe_on_the_local_hub(recipe: Path, hub: HubServer, serve, tmp_path
         stage1 = recipe.parents[1] / "sae" / recipe.name
         run(stage1, yaml.safe_load(stage1.read_text()))
     folder = run(recipe, settings)
+    if kind == "rl":
+        check_source(folder, settings)
+        return
     report = json.loads((folder / "report.json").read_text())
     if kind == "sweep":
         # Its points are runs; one of them is published.
