@@ -30,7 +30,7 @@ from resa_hf.arguments import LoraArguments
 from resa_hf.data import hold_out, load_qa
 from resa_hf.evaluation.comparison import Answers, compare
 from resa_hf.evaluation.engine import Sampling, answer
-from resa_hf.evaluation.tables import comparison_table, plain
+from resa_hf.evaluation.tables import markdown, plain, points
 from resa_hf.features.causal import activations
 from resa_hf.features.matched import latent_statistics
 from resa_hf.features.reading import decoder_rows
@@ -123,6 +123,32 @@ def sets_of_latents(
     return found
 
 
+def tell(folder: Path, right: dict[str, list[Any]], left: dict[str, list[float]]) -> None:
+    """Prints and writes the table of what was `right`, by arm and seed, and of the divergence `left`."""
+    whole = np.array(left["the whole teacher"])
+    answers = [Answers(name, {"held-out": seeds}) for name, seeds in right.items() if len(seeds) == len(SEEDS)]
+    signal = [np.mean(np.array(left[line.name]) / whole) for line in answers]
+    results = compare(answers[0], answers[1:], margin=0.02)
+    against = {line.name: line.difference for line in compare(answers[1], [answers[0], *answers[2:]], margin=0.02)}
+    rows = [
+        [
+            line.name,
+            *points(line.accuracy),
+            *points(line.difference, sign=True),
+            *points(against[line.name], sign=True),
+        ]
+        for line in results
+    ]
+    head = ["held at the target's values", "accuracy %", "95% interval", "minus base", "95% interval"]
+    head += ["minus the whole teacher", "95% interval", "KL left in the teacher"]
+    table = markdown(head, [[*row, f"{share:.0%}"] for row, share in zip(rows, signal, strict=True)])
+    (folder / "report.md").write_text(f"# Which latents carry the transfer\n\n{table}\n")
+    (folder / "report.json").write_text(
+        json.dumps({"arms": [plain(line) for line in results], "left": left}, indent=1)
+    )
+    print(f"\n{table}\n\nReport: {folder / 'report.md'}, report.json.")
+
+
 def main() -> None:
     """Runs all arms and prints their table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,17 +187,7 @@ def main() -> None:
             )
             right.setdefault(name, []).append(outcomes.correct)
             print(f"seed {seed}, {name}: {outcomes.correct.mean():.1%}", flush=True)
-    whole = np.array(left["the whole teacher"])
-    answers = [Answers(name, {"held-out": seeds}) for name, seeds in right.items() if len(seeds) == len(SEEDS)]
-    signal = [np.mean(np.array(left[line.name]) / whole) for line in answers]
-    results = compare(answers[0], answers[1:], margin=0.02)
-    lines = {"KL left in the teacher": [f"{share:.0%}" for share in signal]}
-    table = comparison_table(results, lines, first="held at the target's values")
-    (folder / "report.md").write_text(f"# Which latents carry the transfer\n\n{table}\n")
-    (folder / "report.json").write_text(
-        json.dumps({"arms": [plain(line) for line in results], "left": left}, indent=1)
-    )
-    print(f"\n{table}\n\nReport: {folder / 'report.md'}, report.json.")
+    tell(folder, right, left)
 
 
 if __name__ == "__main__":
