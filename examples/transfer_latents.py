@@ -157,10 +157,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, source, target = load_tiny_tokenizer(), load_tiny_source(), load_tiny_base()
     train, held_out = hold_out(load_qa("tiny-reasoner", limit=3000)[0], 500, 0)
-    train, _ = hold_out(train, 250, 0)
+    train, others = hold_out(train, 250, 0)
     tokens, measured = (
         tokenize_documents(add_text(part, template="chat", tokenizer=tokenizer), tokenizer, 128)[0]
-        for part in (train, held_out.select(range(256)))
+        for part in (train, others)
     )
     prompts = [evaluation_prompt(row["problem"], template="chat", tokenizer=tokenizer) for row in held_out]
     right: dict[str, list[Any]] = {}

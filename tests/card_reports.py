@@ -101,9 +101,9 @@ def _write_answers(path: Path, task: str, correct: np.ndarray, truncated: float)
 def recipe_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a run's report, as `--config` takes it."""
     settings = report["settings"]
-    keys = ("sae_from", "known", "like", "adapter")
+    keys = ("sae_from", "known", "like", "adapter", "text")
     arms = {
-        arm["name"]: {**{key: arm[key] for key in keys if arm[key] is not None}, **arm["tuning"]}
+        arm["name"]: {**{key: arm[key] for key in keys if arm.get(key) is not None}, **arm["tuning"]}
         for arm in settings["arms"]
     }
     return {**settings["run"], **{key: settings[key] for key in ("stage1", "stage2", "sampling")}, "arms": arms}

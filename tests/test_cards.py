@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from resa_hf.cards import adapter_card, sae_card
 from resa_hf.errors import PublishError
+from resa_hf.evidence import evidence_of_run
 from resa_hf.experiment.arms import Arm
 from resa_hf.hub.licences import Licence
 from resa_hf.hub.record import Record
@@ -319,3 +320,30 @@ def test_a_better_evaluation_does_not_hide_a_worse_run(tmp_path):
     # What was asked of this very adapter goes before what the run says.
     (result,) = ModelCard(text).data.eval_results
     assert result.metric_value == pytest.approx(line["accuracy"]["estimate"], abs=5e-5)
+
+
+def test_an_adapter_of_rl_is_called_one():
+    recipe = {"reward_funcs": ["accuracy", "cosine"], "learning_rate": 1e-6}
+    text = card_of(Record(recipe=recipe, revisions={"base": REVISIONS["base"]}, report={"settings": recipe}))
+    assert ModelCard(text).data.tags == ["resa-hf", "grpo", "trl", "lora"]
+    assert "with GRPO, as in [Tina](https://huggingface.co/papers/2504.15777), rewarded for" in text
+    assert "accuracy, cosine" in text and "SAE-Tuning" not in text and "autoencoder" not in text
+
+
+def test_an_adapter_that_learned_from_the_source_says_on_what(tmp_path):
+    arm = Arm("taught", "none", tuning={"kl_reference": "source"}, text="student")
+    text = card_of(record_of(run_report(tmp_path, {"taught": 0.7}, arms=[arm]), "taught"))
+    assert "without a sparse autoencoder, to predict what the source predicts on text of the student." in text
+
+
+@pytest.mark.parametrize(
+    ("adapter", "scope"),
+    [
+        ("runs/{seed}/adapter", "A verdict on the method over 5 seeds, not on this adapter alone."),
+        ("runs/0/adapter", "A verdict on this adapter, not on the method."),
+    ],
+)
+def test_what_the_verdict_on_adapters_that_were_taken_is_about(tmp_path, adapter, scope):
+    arm = Arm("taken", "none", adapter=adapter)
+    report = run_report(tmp_path, {"taken": 0.9}, arms=[arm], seeds=SEEDS)
+    assert evidence_of_run(report, "taken", None).scope == scope

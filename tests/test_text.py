@@ -15,6 +15,7 @@ from resa_hf.text import (
     cot_text,
     encode_prompt,
     evaluation_prompt,
+    rows_of_tokens,
     tokenize_and_pack,
     tokenize_documents,
 )
@@ -222,3 +223,17 @@ def test_sft_trainer_takes_the_chunks_as_they_are(packing: bool, make_model: "Mo
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     assert batch["input_ids"].tolist() == chunks["input_ids"][:2]
     assert batch["labels"].tolist() == chunks["input_ids"][:2]
+
+
+def test_rows_of_tokens_are_the_tokens_as_they_are() -> None:
+    documents = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    cut, told = rows_of_tokens(iter(documents), 4, pack=False)
+    assert cut["input_ids"][:] == [[5, 6, 7], [8], [9, 10, 11, 12]]
+    assert (told.documents, told.tokens, told.tokens_dropped, told.chunks) == (3, 9, 1, 3)
+    packed, told = rows_of_tokens(iter(documents), 4, pack=True)
+    assert packed["input_ids"][:] == [[5, 6, 7, 8], [9, 10, 11, 12]]
+    assert (told.documents, told.tokens, told.tokens_dropped, told.chunks) == (3, 9, 1, 2)
+    with pytest.raises(DataError, match="1 documents of 2 tokens do not fill one chunk of 4"):
+        rows_of_tokens([[1, 2]], 4, pack=True)
+    with pytest.raises(DataError, match="no documents"):
+        rows_of_tokens([], 4, pack=False)

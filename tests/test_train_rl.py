@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,8 @@ def test_trl_reads_a_prompt_as_evaluation_does(template, adds_bos):
         ({"steps_per_generation": 4, "save_steps": 6}, "save_steps is 6, but completions are generated every 4 steps"),
         ({"use_vllm": True}, "use_vllm is true, but vLLM is not installed"),
         ({"num_iterations": 3, "save_steps": 10}, "make it a multiple of 3"),
+        # Generations of 6 batches and steps of 4 begin together every 12 batches, that is 3 steps.
+        ({"steps_per_generation": 6, "gradient_accumulation_steps": 4, "save_steps": 2}, "make it a multiple of 3"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, settings, message):
@@ -164,6 +167,48 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     assert sorted(report["moved"]) == ["1", "3"] and [part["steps"][0] for part in report["windows"]] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_a_finished_run_stays_as_it_is_and_one_that_died_at_the_end_is_finished(tmp_path):
+    train(tmp_path / "a")
+    files = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    train(tmp_path / "a")
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == files
+    # It died after its last step, before its adapter was written.
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in ("report.json", "report.md", "adapter_model.safetensors"):
+        (tmp_path / "b" / name).unlink()
+    report = train(tmp_path / "b")
+    assert [part["steps"] for part in report["windows"]] == [[1, 1], [2, 2], [3, 3], [4, 4]]
+    assert (tmp_path / "b/adapter_model.safetensors").read_bytes() == files[tmp_path / "a/adapter_model.safetensors"]
+    before = json.loads((tmp_path / "b/checkpoint-2/seconds.json").read_text())
+    assert report["seconds"] > before > 0
+
+
+@pytest.mark.slow
+def test_a_run_resumed_in_its_second_epoch_goes_on_to_the_same_bits(tmp_path):
+    # 12 questions, 4 a step: 3 steps an epoch.
+    flags = ["--train_rows", "12", "--max_steps", "6", "--checkpoints", "1", "--save_steps", "4"]
+    train(tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for name in ("report.json", "adapter_model.safetensors"):
+        (tmp_path / "parts" / name).unlink()
+    shutil.rmtree(tmp_path / "parts/completions")
+    train(tmp_path / "parts", *flags)
+    whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    def asked(name: str) -> dict[int, frozenset[str]]:
+        kept = (tmp_path / name / "completions").glob("*.parquet")
+        return {int(path.stem[-5:]): frozenset(pd.read_parquet(path)["prompt"]) for path in kept}
+
+    whole_asked = asked("whole")
+    first, second = ([whole_asked[step] for step in steps] for steps in ((1, 2, 3), (4, 5, 6)))
+    assert len(frozenset().union(*first)) == 12 and frozenset().union(*first) == frozenset().union(*second)
+    assert first != second
+    assert asked("parts") == {step: whole_asked[step] for step in (5, 6)}
+
+
+@pytest.mark.slow
 def test_mistakes_are_told_before_anything_is_trained(tmp_path, capsys):
     folder = tmp_path / "a"
     flags = ["train-rl", "--config", str(RECIPE), "--output_dir", str(folder), *SMALL]
@@ -171,9 +216,22 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path, capsys):
     assert "no_such_module_here" in capsys.readouterr().err
     assert resa_hf([*flags, "--checkpoints", "9"]) == 2
     assert "checkpoints names step 9, but the training has 4 steps" in capsys.readouterr().err
-    assert resa_hf([*flags, "--solution_column", "trace"]) == 2
-    assert "RL takes questions and answers" in capsys.readouterr().err
-    assert not list(folder.rglob("*.safetensors"))
+    for name, value, told in (
+        ("solution_column", "trace", "RL takes questions and answers"),
+        ("resume_from_checkpoint", "somewhere", "a rerun goes on from the last checkpoint"),
+        ("model_adapter", "resa_hf/tiny/source", "name the adapter itself as model_name_or_path"),
+        ("hub_token", "hf_secret", "publish it when it is done"),
+    ):
+        assert resa_hf([*flags, f"--{name}", value]) == 2
+        error = capsys.readouterr().err
+        assert told in error and "hf_secret" not in error
+    assert resa_hf([*flags, "--sync_ref_model", "true", "--beta", "0.1"]) == 2
+    assert "PEFT" in capsys.readouterr().err
+    assert not list(folder.rglob("*.safetensors")) and "hf_secret" not in (folder / "settings.json").read_text()
+    # A mistake that showed when training began is mended in the same folder.
+    assert json.loads((folder / "settings.json").read_text())["settings"]["checkpoints"] == [9]
+    train(folder)
+    assert sorted(path.name for path in (folder / "steps").iterdir()) == ["1", "3"]
 
 
 def test_dry_run_tells_and_runs_nothing(tmp_path, capsys):

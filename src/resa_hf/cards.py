@@ -49,7 +49,8 @@ def adapter_card(
     """
     found = _evidence(record)
     base = record.revisions.get("base", {"name": adapter_config.get("base_model_name_or_path"), "commit": None})
-    tags = ["resa-hf", *(["sae-tuning", "trl"] if _is_ours(record) else []), *([] if merged else ["lora"])]
+    method = "grpo" if "reward_funcs" in record.recipe else "sae-tuning"
+    tags = ["resa-hf", *([method, "trl"] if _is_ours(record) else []), *([] if merged else ["lora"])]
     data = _metadata(
         record,
         licence,

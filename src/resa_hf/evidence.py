@@ -93,7 +93,8 @@ def evidence_of_run(report: Mapping[str, Any], name: str, seed: int | None) -> E
     line = _line(lines, name)
     arm = next(arm for arm in report["settings"]["arms"] if arm["name"] == name)
     # A model that was taken or made without chance is the same with every seed: those are the sampling's.
-    seeded = arm.get("adapter") is None and arm["known"] in (None, "weight_noise", "random_adapter")
+    made = arm.get("adapter") is None and arm["known"] in (None, "weight_noise", "random_adapter")
+    seeded = made or "{seed}" in (arm.get("adapter") or "")
     seeds: list[int] = run["seeds"] if seeded else run["seeds"][:1]
     tasks = ", ".join(map(code, run["tasks"] or [])) or f"held-out questions of {code(run['dataset'])}"
     moved = f" Its adapters were moved to {code(run['evaluate_on'])}, the base here." if run["evaluate_on"] else ""

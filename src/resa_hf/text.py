@@ -1,7 +1,7 @@
 """CoT-free text from question-answer rows, and its way into chunks of tokens."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -204,27 +204,7 @@ def tokenize_and_pack(
     """
     _check(tokenizer, max_length)
     bos = _leading_bos(dataset[0]["text"], tokenizer) if len(dataset) else []
-    length = max_length - len(bos)
-    counts: Counter[str] = Counter()
-
-    def chunks() -> Iterator[list[list[int]]]:
-        # Not TRL's packing: it cuts a short chunk at the end of each batch.
-        rest: list[int] = []
-        for _, ids in _documents(dataset, tokenizer):
-            counts.update(documents=1, tokens=len(ids))
-            rest += ids
-            full = len(rest) // length * length
-            yield from ([[*bos, *rest[start : start + length]]] for start in range(0, full, length))
-            del rest[:full]
-
-    packed = write_arrow(chunks(), _TOKENS)
-    documents, tokens = counts["documents"], counts["tokens"]
-    if not len(packed):
-        raise DataError(
-            f"{documents:,} documents of {tokens:,} tokens do not fill one chunk of {max_length:,}. "
-            "Give more rows, or lower max_length."
-        )
-    return packed, TokenReport(documents, tokens, len(packed), tokens - len(packed) * length, max_length)
+    return _packed((ids for _, ids in _documents(dataset, tokenizer)), bos, max_length)
 
 
 def tokenize_documents(
@@ -237,13 +217,59 @@ def tokenize_documents(
     Args, returns and errors are those of `tokenize_and_pack`; rows differ in length, so batches get padding.
     """
     _check(tokenizer, max_length)
+    documents = _documents(dataset, tokenizer)
+    return _cut(([*_leading_bos(text, tokenizer), *ids] for text, ids in documents), max_length)
+
+
+def rows_of_tokens(
+    documents: Iterable[list[int]], max_length: int, *, pack: bool
+) -> tuple[datasets.Dataset, TokenReport]:
+    """Documents that are tokens, such as what a model wrote, as rows to train on; nothing is added to them.
+
+    Args:
+        documents (iterable of `list[int]`):
+            The tokens.
+        max_length (`int`):
+            Tokens in a chunk; of a document at most.
+        pack (`bool`):
+            Join them and cut them into chunks, or one document a row.
+
+    Returns and errors are those of `tokenize_and_pack`.
+    """
+    return _packed(documents, [], max_length) if pack else _cut(documents, max_length)
+
+
+def _packed(documents: Iterable[list[int]], bos: list[int], max_length: int) -> tuple[datasets.Dataset, TokenReport]:
+    length = max_length - len(bos)
+    counts: Counter[str] = Counter()
+
+    def chunks() -> Iterator[list[list[int]]]:
+        # Not TRL's packing: it cuts a short chunk at the end of each batch.
+        rest: list[int] = []
+        for ids in documents:
+            counts.update(documents=1, tokens=len(ids))
+            rest += ids
+            full = len(rest) // length * length
+            yield from ([[*bos, *rest[start : start + length]]] for start in range(0, full, length))
+            del rest[:full]
+
+    packed = write_arrow(chunks(), _TOKENS)
+    count, tokens = counts["documents"], counts["tokens"]
+    if not len(packed):
+        raise DataError(
+            f"{count:,} documents of {tokens:,} tokens do not fill one chunk of {max_length:,}. "
+            "Give more rows, or lower max_length."
+        )
+    return packed, TokenReport(count, tokens, len(packed), tokens - len(packed) * length, max_length)
+
+
+def _cut(documents: Iterable[list[int]], max_length: int) -> tuple[datasets.Dataset, TokenReport]:
     counts: Counter[str] = Counter()
 
     def rows() -> Iterator[list[list[int]]]:
-        for text, ids in _documents(dataset, tokenizer):
-            whole = [*_leading_bos(text, tokenizer), *ids]
-            counts.update(tokens=len(whole), dropped=max(0, len(whole) - max_length))
-            yield [whole[:max_length]]
+        for ids in documents:
+            counts.update(tokens=len(ids), dropped=max(0, len(ids) - max_length))
+            yield [ids[:max_length]]
 
     cut = write_arrow(rows(), _TOKENS)
     if not len(cut):

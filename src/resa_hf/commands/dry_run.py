@@ -87,16 +87,20 @@ def describe_rl(
     resolved = json.dumps(settings, indent=2, default=str)
     meta, dtype = _shape(model)
     text = meta.config.get_text_config()
-    completions, length = args.per_device_train_batch_size, args.max_prompt_length + (args.max_completion_length or 0)
-    layer = text.hidden_size if args.gradient_checkpointing else 16 * text.hidden_size
+    new = args.max_completion_length or 0
+    completions, length = args.per_device_train_batch_size, args.max_prompt_length + new
     parts = {
         "model": _size(meta, dtype),
         "adapter": _adapter_size(meta, lora),
-        # Of a step's completions, each as long as it may be.
-        "activations": completions * length * text.num_hidden_layers * layer * dtype.itemsize,
-        "logits": completions * (args.max_completion_length or 0) * text.vocab_size * 4,
+        # Of completions as long as they may be: those of a batch, and their logits with the gradient.
+        "activations": completions * length * text.num_hidden_layers * _kept_a_token(meta, args) * dtype.itemsize,
+        "logits": 2 * completions * new * text.vocab_size * 4,
     }
-    return "\n\n".join([resolved, _loaded(model, data), f"Predicted memory, at most:\n{_line('RL', **parts)}"])
+    told = f"Predicted memory, if every completion is as long as it may be:\n{_line('RL', **parts)}"
+    more = f"the cache of {args.generation_batch_size} completions that are generated at once"
+    if args.use_vllm:
+        more = f"vLLM's {args.vllm_gpu_memory_utilization:.0%} of the GPU"
+    return "\n\n".join([resolved, _loaded(model, data), f"{told}, and {more}."])
 
 
 def describe_evaluation(args: EvaluateArguments) -> str:
@@ -163,15 +167,19 @@ def _stage2_memory(
     text = meta.config.get_text_config()
     adapter = _adapter_size(meta, lora)
     tokens = args.per_device_train_batch_size * (args.max_length or 2048)
-    # About 16 widths and 3 MLP widths a layer and token are kept for the backward; checkpointing keeps one width.
-    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    layer = text.hidden_size if args.gradient_checkpointing else 16 * text.hidden_size + 3 * wide
-    activations = tokens * text.num_hidden_layers * layer * dtype.itemsize
+    activations = tokens * text.num_hidden_layers * _kept_a_token(meta, args) * dtype.itemsize
     latents = (stage1.num_latents or (stage1.expansion_factor or 32) * text.hidden_size) if stage1 is not None else 0
     size = _size(meta, dtype)
     parts = {"source": size if teacher else 0, "sae": 2 * latents * text.hidden_size * 4}
     line = _line("Stage II", model=size, **parts, adapter=adapter, activations=activations)
     return line if stage1 is not None or args.sae is None else f"{line}, and the SAE's own size"
+
+
+def _kept_a_token(meta: PreTrainedModel, args: SAETuningConfig | RLConfig) -> int:
+    """Numbers that a layer keeps for the backward: about 16 widths and 3 MLP widths; with checkpointing one width."""
+    text = meta.config.get_text_config()
+    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return text.hidden_size if args.gradient_checkpointing else 16 * text.hidden_size + 3 * wide
 
 
 def _adapter_size(meta: PreTrainedModel, lora: LoraArguments) -> int:

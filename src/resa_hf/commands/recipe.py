@@ -20,8 +20,8 @@ SECTIONS: dict[str, Any] = {"stage1": SAETrainingConfig, "stage2": SAETuningConf
 # The run sets these itself: one value for all arms would be wrong, or would be overwritten.
 _RESERVED = {"output_dir", "seed", "sae", "sae_revision", "packing", "eval_strategy", "eval_on_start"}
 # Every arm, seed and checkpoint would push to one repository, before there is a verdict.
-_PUSHING = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"}
-_PUSHING |= {"hub_always_push", "hub_revision"}
+PUSHING = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"}
+PUSHING |= {"hub_always_push", "hub_revision"}
 # Equal tokens, steps and optimiser: an arm with others could not be compared.
 _SHARED = {"learning_rate", "max_length", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
 _SHARED |= {"gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm"}
@@ -162,7 +162,7 @@ def _section(name: str, recipe: Any, flags: list[str], where: str) -> dict[str, 
     if not isinstance(recipe, dict):
         raise ValueError(f"{where}: {name} must be a mapping, not {recipe!r}.")
     given = _given([SECTIONS[name]], recipe, flags, f"{where}: {name}")
-    if pushing := sorted(given.keys() & _PUSHING):
+    if pushing := sorted(given.keys() & PUSHING):
         raise ValueError(
             f"{where}: {', '.join(pushing)} cannot be set in {name}: a run is published when it is done, by "
             "`resa-hf publish --folder OUTPUT_DIR`."

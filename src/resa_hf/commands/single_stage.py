@@ -47,7 +47,8 @@ def stage_text(
 
 
 def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str], revisions: Revisions) -> Path:
-    """Trains from the last checkpoint, evaluates if anything is held out, saves; returns the path of report.json.
+    """Trains from the last checkpoint, evaluates if anything is held out, saves; returns the path of report.json. What
+    was finished before is left as it is.
 
     Args:
         trainer (`Trainer`): of either stage.
@@ -61,6 +62,9 @@ def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str], 
     output = Path(str(trainer.args.output_dir))
     # Only now, when everything fits: a mistake that was found before is to be mended without another folder.
     claim(output, {"settings": settings, "data": told["fingerprint"]})
+    path = output / "report.json"
+    if path.is_file():
+        return path  # finished before
     seconds = train_from_last_checkpoint(trainer)
     held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
@@ -80,7 +84,6 @@ def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str], 
         "device": current_device(),
         "versions": versions(),
     }
-    path = output / "report.json"
     write_json(path, finite(report))
     return path
 

@@ -8,7 +8,24 @@ completions; report.md, report.json and report.png. A rerun goes on from the las
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+# Of text, of models that TRL loads, and what a rerun does by itself.
+_WITHOUT_USE = {
+    "solution_column": "RL takes questions and answers, and no traces",
+    "pack": "RL takes questions and answers, and no text",
+    "model_init_kwargs": "see dtype and model_revision",
+    "resume_from_checkpoint": "a rerun goes on from the last checkpoint of its output_dir",
+    "model_adapter": "name the adapter itself as model_name_or_path, so that what is trained on it can be loaded",
+}
+
+
+def _refuse(given: Collection[str], pushing: Collection[str]) -> None:
+    for name in sorted(given):
+        if name in _WITHOUT_USE:
+            raise ValueError(f"{name} cannot be set: {_WITHOUT_USE[name]}.")
+        if name in pushing:
+            raise ValueError(f"{name} cannot be set: publish it when it is done, by `resa-hf publish --folder`.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,13 +34,12 @@ def main(argv: Sequence[str]) -> None:
     from ..rl.config import RLConfig
     from ..rl.run import train_rl
     from .dry_run import describe_rl, take_dry_run
-    from .recipe import parse_flat
+    from .recipe import PUSHING, parse_flat
 
     rest, dry = take_dry_run(argv)
     types = (ModelArguments, LoraArguments, DataArguments, RLConfig)
     (model_args, lora, data, args), given = parse_flat(types, rest, "resa-hf train-rl", __doc__ or "")
-    if data.solution_column is not None or not data.pack:
-        raise ValueError("solution_column and pack are of text to train on; RL takes questions and answers.")
+    _refuse(given, PUSHING)
     if dry:
         print(describe_rl(model_args, lora, data, args, given))
         return

@@ -3,19 +3,20 @@
 from dataclasses import replace
 from typing import Any
 
-import datasets
 import torch
 
 from ..errors import DataError
-from ..evaluation.engine import answer
+from ..evaluation.in_process import TransformersEngine
+from ..evaluation.scoring import score
 from ..evaluation.store import stored_seconds
 from ..models import load_tokenizer
 from ..precision import runnable_device
 from ..provenance import base_revisions, source_revisions
+from ..text import encode_prompt, rows_of_tokens
 from .arms import SOURCE
 from .folder import RunFolder, write_json
 from .loading import load_source, load_target
-from .prepare import save_rows, tokenize_text, training_questions
+from .prepare import save_rows, training_questions
 from .settings import RunSettings
 
 TEXT, TOKENS, ANSWERS = "text.json", "tokens", "answers.jsonl"
@@ -43,27 +44,27 @@ def sample_text(folder: RunFolder, settings: RunSettings, text: str, seed: int) 
     model = load_source(run) if text == SOURCE else load_target(run)
     torch.nn.Module.to(model, runnable_device(bool(settings.stage2.get("use_cpu", False))))
     sampling = replace(settings.sampling, samples=1, seed=settings.sampling.seed + seed)
-    prompts, golds = ([question[key] for question in questions] for key in ("prompt", "answer"))
-    outcomes = answer(model, tokenizer, prompts, golds, sampling, store=place / ANSWERS)
-    whole_and_right = (outcomes.correct & ~outcomes.truncated)[:, 0]
-    documents = [
-        prompt + written
-        for prompt, (written,), right in zip(prompts, outcomes.completions, whole_and_right, strict=True)
-        if right or text != SOURCE
+    prompts = [question["prompt"] for question in questions]
+    engine = TransformersEngine(model, tokenizer, name=text)
+    written = [row[0] for row in engine.generate(prompts, sampling, store=place / ANSWERS)]
+    kept = [
+        # The very tokens: decoded and encoded again, some would be others. Whole answers end as the model ends them.
+        [*encode_prompt(prompt, tokenizer), *completion.tokens]
+        for prompt, question, completion in zip(prompts, questions, written, strict=True)
+        if text != SOURCE or (not completion.truncated and score("math", completion.text, question["answer"])[0])
     ]
-    if not documents:
+    if not kept:
         raise DataError(
             f"Of {len(prompts):,} training questions the {text} answered none rightly within "
             f"{sampling.max_new_tokens:,} tokens, so there is no text to train on. Give more rows or a higher "
             "sampling.max_new_tokens."
         )
-    max_length = int(settings.stage2.get("max_length", 2048))
-    tokens, counted = tokenize_text(datasets.Dataset.from_dict({"text": documents}), run, tokenizer, max_length)
+    tokens, counted = rows_of_tokens(kept, int(settings.stage2.get("max_length", 2048)), pack=run.pack)
     save_rows(tokens, place / TOKENS)
     report: dict[str, Any] = {
         "asked": len(prompts),
-        "kept": len(documents),
-        "tokens": int(outcomes.lengths.sum()),
+        "kept": len(kept),
+        "tokens": sum(completion.length for completion in written),
         "seconds": stored_seconds(place / ANSWERS),
         "describe": counted.describe(),
         "revisions": source_revisions(run, run) if text == SOURCE else base_revisions(run),

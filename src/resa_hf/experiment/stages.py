@@ -32,7 +32,7 @@ from .prepare import training_questions
 from .sampled_text import TEXT, TOKENS
 from .settings import RunArguments, RunSettings
 
-ADAPTER, TUNING, STAGE1 = "adapter", "tuning.json", "stage1.json"
+ADAPTER, TUNING, STAGE1, SECONDS = "adapter", "tuning.json", "stage1.json", "seconds.json"
 
 
 def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int) -> None:
@@ -203,13 +203,38 @@ def _saes_of(folder: RunFolder, settings: RunSettings, arm: Arm, seed: int) -> d
     return saes
 
 
+class _Resumable(TrainerCallback):
+    """Keeps beside each checkpoint what it took, and none of the end: resumed there, Trainer would do a step more."""
+
+    def __init__(self, before: float) -> None:
+        self._started = time.perf_counter() - before
+
+    @property
+    def seconds(self) -> float:
+        """Of the training until now, its interrupted parts up to their last checkpoints."""
+        return time.perf_counter() - self._started
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / SECONDS, self.seconds)
+
+
 def train_from_last_checkpoint(trainer: Trainer) -> float:
-    """Trains, from the last checkpoint if there is one; returns the seconds."""
+    """Trains, from the last checkpoint if there is one; returns the seconds, those before it included."""
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(Path(str(trainer.args.output_dir))))
-    return time.perf_counter() - started
+    checkpoint = _last_whole_checkpoint(Path(str(trainer.args.output_dir)))
+    told = None if checkpoint is None else Path(checkpoint, SECONDS)
+    clock = _Resumable(read_json(told) if told is not None and told.is_file() else 0.0)
+    trainer.add_callback(clock)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return clock.seconds
 
 
 def _last_whole_checkpoint(output: Path) -> str | None:

@@ -10,6 +10,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from ..evaluation.movement import movement
 from ..experiment.answering import MOVEMENT
 from ..experiment.folder import read_json, write_json
+from ..hookpoints import causal_lm
+from ..tuning.loss import frozen_head
 from .log import FIGURES
 
 
@@ -36,6 +38,9 @@ class KeepSteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.rows is not None:
+            # Before hours of training, not at the first step that is kept.
+            frozen_head(causal_lm(self.trainer.model))  # type: ignore[arg-type]  # it is one, inside PEFT
         if self.steps and max(self.steps) > state.max_steps:
             raise ValueError(
                 f"checkpoints names step {max(self.steps)}, but the training has {state.max_steps} steps."
@@ -47,7 +52,7 @@ class KeepSteps(TrainerCallback):
         if state.global_step not in self.steps:
             return
         place = self.folder / str(state.global_step)
-        self.trainer.save_model(str(place))
+        self.trainer.save_model(str(place), _internal_call=True)  # which pushes nothing
         sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
         if self.rows is not None and not sharded:
             model: PeftModel = self.trainer.accelerator.unwrap_model(self.trainer.model)

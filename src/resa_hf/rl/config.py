@@ -1,5 +1,6 @@
 """The settings of `resa-hf train-rl`."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -120,9 +121,9 @@ class RLConfig(GRPOConfig):
 
     def _check_resumable(self) -> None:
         """A checkpoint between two generations could not be resumed exactly: the completions are not in it."""
-        steps = self.steps_per_generation or 1
-        every = steps * self.num_iterations // self.gradient_accumulation_steps
-        if self.save_strategy == "steps" and every > 1 and self.save_steps % every:
+        batches = (self.steps_per_generation or 1) * self.num_iterations
+        every = math.lcm(batches, self.gradient_accumulation_steps) // self.gradient_accumulation_steps
+        if self.save_strategy == "steps" and every > 1 and (self.save_steps < 1 or self.save_steps % every):
             raise ValueError(
                 f"save_steps is {self.save_steps}, but completions are generated every {every} steps, and only a "
                 f"checkpoint between two generations can be resumed exactly: make it a multiple of {every}."

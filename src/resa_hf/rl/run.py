@@ -7,6 +7,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import GRPOTrainer
 
+from ..adapters import base_of_adapter
 from ..arguments import DataArguments, LoraArguments, ModelArguments
 from ..data import hold_out
 from ..evaluation.cost import Cost, current_device
@@ -16,8 +17,10 @@ from ..experiment.prepare import MEASURED_DOCUMENTS, first_rows, load_rows
 from ..experiment.report import versions
 from ..experiment.stages import train_from_last_checkpoint
 from ..models import load_causal_lm, load_tokenizer
+from ..places import parse_place
 from ..provenance import base_revisions, data_revisions
 from ..text import add_text, tokenize_documents
+from ..tuning.epoch_order import EpochOrder
 from .callbacks import KeepSteps, ShortLog
 from .config import RLConfig
 from .log import log_table, plot_log, windows
@@ -47,27 +50,15 @@ def train_rl(
     check_writable(output)
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     train, held_out, told = _read(data, tokenizer, args)
-    rewards = make_rewards(args)
-    model = load_causal_lm(
-        model_args.model_name_or_path,
-        model_args.model_adapter,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-    )
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=[*rewards],
-        args=args,
-        train_dataset=train,
-        processing_class=tokenizer,
-        peft_config=lora.lora_config(),
-    )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ShortLog())
+    trainer = _trainer(model_args, lora, args, train, tokenizer)
     keep = KeepSteps(trainer, output / STEPS, args.checkpoints or [], held_out)
     trainer.add_callback(keep)
-    claim(output, {"settings": given, "data": told["fingerprint"]})
+    begun = any(output.glob("checkpoint-*")) or any(output.glob(f"{STEPS}/*"))
+    # Until a step is kept, a mistake that shows when training begins is to be mended in the same folder.
+    claim(output, {"settings": given, "data": told["fingerprint"]}, free=() if begun else ("settings",))
+    path = output / "report.json"
+    if path.is_file():
+        return path  # finished before
     seconds = train_from_last_checkpoint(trainer)
     trainer.save_model()
     log = trainer.state.log_history
@@ -85,8 +76,46 @@ def train_rl(
         "versions": versions(),
     }
     if trainer.is_world_process_zero():
-        _write(output, finite(report), f"{model_args.model_name_or_path} on {data.dataset}, seed {args.seed}")
-    return output / "report.json"
+        subject = f"{model_args.model_name_or_path} on {data.dataset}, seed {args.seed}"
+        _write(output, finite(report), subject, args.log_completions)
+    return path
+
+
+class _Trainer(GRPOTrainer):
+    """TRL's, with an order of the prompts that depends on the epoch alone."""
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> EpochOrder:
+        return EpochOrder(super()._get_train_sampler(dataset))
+
+
+def _trainer(
+    model_args: ModelArguments,
+    lora: LoraArguments,
+    args: RLConfig,
+    train: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> GRPOTrainer:
+    name = model_args.model_name_or_path
+    if args.use_vllm and base_of_adapter(parse_place(name)) is not None:
+        raise ValueError(f"vLLM cannot load {name!r}, which is an adapter: set use_vllm: false, or merge it first.")
+    try:
+        rewards = make_rewards(args)
+        model = load_causal_lm(name, revision=model_args.model_revision, dtype=model_args.dtype)
+        trainer = _Trainer(
+            model=model,
+            reward_funcs=[*rewards],
+            args=args,
+            train_dataset=train,
+            processing_class=tokenizer,
+            peft_config=lora.lora_config(),
+        )
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        # What TRL refuses: packages that are not there, settings that do not go together.
+        raise ValueError(str(error)) from error
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ShortLog())
+    return trainer
 
 
 def _read(
@@ -112,15 +141,21 @@ def _read(
     return train, measured, told
 
 
-def _write(output: Path, report: dict[str, Any], subject: str) -> None:
-    moved = [[step, f"{m['kl']:.4f}", f"{m['update_norm']:.2f}"] for step, m in report["moved"].items()]
-    kept = markdown(["step", "KL(base, tuned)", "size of dW"], moved) if moved else "No step was kept."
+def _write(output: Path, report: dict[str, Any], subject: str, completions: bool) -> None:
+    moved = report["moved"]
+    kept = [
+        [step, *((f"{moved[step]['kl']:.4f}", f"{moved[step]['update_norm']:.2f}") if step in moved else ("", ""))]
+        for step in report["steps"]
+    ]
+    table = markdown(["step", "KL(base, tuned)", "size of dW"], kept) if kept else "No step was kept."
     text = (
         f"# GRPO: {subject}\n\n{report['data']['rows']} {report['data']['prompts']}\n\n"
         f"Means over parts of the run, in {report['seconds']:,.0f} s:\n\n{log_table(report['log'])}\n\n"
-        f"Adapters kept in `{STEPS}/`, measured on held-out text:\n\n{kept}\n\n"
+        f"Adapters kept in `{STEPS}/`, measured on held-out text:\n\n{table}\n\n"
         "These rewards are of training problems. `resa-hf compare` or `resa-hf evaluate` tells whether an adapter "
-        "answers others better than its base.\n\nCompletions: `completions/*.parquet`.\n\n![By step](report.png)\n"
+        f"answers others better than its base.\n\n"
+        f"{'Completions: `completions/*.parquet`.' if completions else 'No completions were kept.'}\n\n"
+        "![By step](report.png)\n"
     )
     write_whole(output / "report.md", text)
     plot_log(report["log"], output / "report.png", subject)

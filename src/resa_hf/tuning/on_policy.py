@@ -17,18 +17,22 @@ from ..sae.dataset import padded_batches
 from ..sae.totals import wide_dtype
 from ..text import trl_prompt
 from .config import SAETuningConfig
+from .epoch_order import EpochOrder
 from .loss import frozen_head, token_divergence
 
 
 class OnPolicyTrainer(DistillationTrainer):
     """
     [`~trl.DistillationTrainer`], evaluated as [`SAETuningTrainer`] is: not on what the student writes, but by its
-    divergence from the teacher on given rows of tokens. All else is TRL's. Resumed in its first pass over the
-    questions, it ends as if it had not been interrupted; in a later one, TRL begins with the first pass' order again.
+    divergence from the teacher on given rows of tokens. The order of the questions depends on the epoch alone
+    ([`EpochOrder`]), so that a resumed run ends as if it had not been interrupted. All else is TRL's.
     """
 
     args: DistillationConfig
     model: nn.Module
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> EpochOrder:
+        return EpochOrder(super()._get_train_sampler(dataset))
 
     @torch.no_grad()
     def evaluate(
