@@ -211,6 +211,8 @@ def _checked_arm(arm: Arm, run: RunArguments, stage2: Mapping[str, Any], samplin
         config = SAETuningConfig(**{**stage2, **tuning, **trained}, output_dir="unused")
         config.check_sae(arm.sae_from != "none")
         config.check_control_sae(config.control_sae is not None)
+        if config.completion_only_loss and run.pack:
+            raise ValueError("completion_only_loss needs pack: false, one document a row.")
         if arm.text == STUDENT:
             _check_on_policy(config, arm.sae_from != "none", sampling)
     except ValueError as error:

@@ -29,6 +29,7 @@ from .arms import DATASET, STUDENT, Arm, Candidate
 from .folder import RunFolder, read_json, write_json
 from .loading import load_sae_source, load_source, load_target
 from .prepare import training_questions
+from .response_only import mark_responses
 from .sampled_text import TEXT, TOKENS
 from .settings import RunArguments, RunSettings
 
@@ -138,12 +139,16 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
 def _trainer(folder: RunFolder, run: RunArguments, arm: Arm, args: SAETuningConfig) -> SAETuningTrainer:
     rows = folder.data("train") if arm.text == DATASET else folder.text(arm.text, args.seed) / TOKENS
     train, held_out = (datasets.load_from_disk(path) for path in (rows, folder.data("held_out")))
+    tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
+    if args.completion_only_loss:
+        prompts = [question["prompt"] for question in training_questions(run, tokenizer)]
+        train = mark_responses(train, prompts, tokenizer)
     return SAETuningTrainer(
         load_target(run),
         args,
         train,
         held_out,
-        processing_class=load_tokenizer(run.model_name_or_path, revision=run.model_revision),
+        processing_class=tokenizer,
         source_model=load_source(run) if args.kl_reference == "source" else None,
         peft_config=run.lora_config(),
     )
