@@ -281,8 +281,8 @@ def _length(batch: Batch, index: int) -> float:
     """Kimi 1.5's reward (huggingface.co/papers/2501.12599): 0.5 for the shortest of a prompt's completions, -0.5 for
     the longest, linear between; a wrong one gets no more than 0. Are all of one length, each gets 0.
 
-    Tina's released code takes characters, and shortest and longest of the whole batch; here, as in the paper, they are
-    those of the same prompt: its neighbours in the batch, which on several processes are those of this process.
+    Tina's released code takes characters. The completions of the same prompt are its neighbours in the batch, which on
+    several processes are those of this process.
     """
     first = last = index
     while first > 0 and batch.prompts[first - 1] == batch.prompts[index]:
