@@ -26,6 +26,7 @@ def assert_refused(page: Page, button: str, told: str | re.Pattern[str]) -> None
 def assert_works(page: Page) -> None:
     go_to(page, "Solve")
     field(page, "Problem").fill(PROBLEM)
+    expect(field(page, "Problem")).to_have_value(PROBLEM)
     press(page, "Solve")
     expect(side(page, "With adapters")).to_contain_text("✓ right answer 0")
     assert page.evaluate("window.ran") is None

@@ -36,6 +36,7 @@ def test_solve(open_page: OpenPage, violations: Callable[[Page], list[str]], wid
     press(page, "Solve")
     expect(tuned).to_contain_text("✓ right answer 3")
     press(page, PROBLEM)
+    expect(field(page, "Problem")).to_have_value(PROBLEM)
     press(page, "Solve")
     expect(base).to_contain_text("✗ wrong answer 5")
     expect(tuned).to_contain_text("✓ right answer 0")
