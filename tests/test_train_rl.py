@@ -185,6 +185,18 @@ def test_a_finished_run_stays_as_it_is_and_one_that_died_at_the_end_is_finished(
 
 
 @pytest.mark.slow
+def test_a_finished_run_that_kept_no_step_is_not_taken_for_one_of_other_settings(tmp_path, capsys):
+    flags = ["train-rl", "--config", str(RECIPE), "--output_dir", str(tmp_path / "a"), *SMALL]
+    flags += ["--checkpoints", "2", "--max_steps", "2", "--save_strategy", "no"]
+    assert resa_hf(flags) == 0
+    shutil.rmtree(tmp_path / "a/steps")
+    before = (tmp_path / "a/settings.json").read_text()
+    assert resa_hf([*flags, "--learning_rate", "0.5"]) == 2
+    assert "holds a run with other settings (settings.learning_rate)" in capsys.readouterr().err
+    assert (tmp_path / "a/settings.json").read_text() == before
+
+
+@pytest.mark.slow
 def test_a_run_resumed_in_its_second_epoch_goes_on_to_the_same_bits(tmp_path):
     # 12 questions, 4 a step: 3 steps an epoch.
     flags = ["--train_rows", "12", "--max_steps", "6", "--checkpoints", "1", "--save_steps", "4"]

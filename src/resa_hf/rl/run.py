@@ -12,7 +12,7 @@ from ..arguments import DataArguments, LoraArguments, ModelArguments
 from ..data import hold_out
 from ..evaluation.cost import Cost, current_device
 from ..evaluation.tables import finite, markdown
-from ..experiment.folder import check_writable, claim, write_json, write_whole
+from ..experiment.folder import check_settings, check_writable, claim, write_json, write_whole
 from ..experiment.prepare import MEASURED_DOCUMENTS, first_rows, load_rows
 from ..experiment.report import versions
 from ..experiment.stages import train_from_last_checkpoint
@@ -50,15 +50,17 @@ def train_rl(
     check_writable(output)
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     train, held_out, told = _read(data, tokenizer, args)
+    settings = {"settings": given, "data": told["fingerprint"]}
+    path = output / "report.json"
+    if path.is_file():
+        check_settings(output, settings)
+        return path  # finished before
     trainer = _trainer(model_args, lora, args, train, tokenizer)
     keep = KeepSteps(trainer, output / STEPS, args.checkpoints or [], held_out)
     trainer.add_callback(keep)
     begun = any(output.glob("checkpoint-*")) or any(output.glob(f"{STEPS}/*"))
     # Until a step is kept, a mistake that shows when training begins is to be mended in the same folder.
-    claim(output, {"settings": given, "data": told["fingerprint"]}, free=() if begun else ("settings",))
-    path = output / "report.json"
-    if path.is_file():
-        return path  # finished before
+    claim(output, settings, free=() if begun else ("settings",))
     seconds = train_from_last_checkpoint(trainer)
     trainer.save_model()
     log = trainer.state.log_history
