@@ -167,14 +167,13 @@ def trl_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:
         `DataError`: if the tokenizer adds other tokens, too.
     """
     wanted = encode_prompt(prompt, tokenizer)
-    if tokenizer(prompt)["input_ids"] != wanted:
-        prompt = prompt.removeprefix(str(tokenizer.bos_token))
-    if tokenizer(prompt)["input_ids"] != wanted:
-        raise DataError(
-            f"The tokenizer {tokenizer.name_or_path!r} adds special tokens around a prompt that are not there when "
-            "answers are evaluated. Use another template or tokenizer."
-        )
-    return prompt
+    for given in (prompt, prompt.removeprefix(str(tokenizer.bos_token))):
+        if tokenizer(given)["input_ids"] == wanted:
+            return given
+    raise DataError(
+        f"The tokenizer {tokenizer.name_or_path!r} adds special tokens around a prompt that are not there when "
+        "answers are evaluated. Use another template or tokenizer."
+    )
 
 
 def tokenize_and_pack(

@@ -8,12 +8,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..arguments import DataArguments
-from ..data import hold_out
 from ..evaluation.cost import Cost, current_device
 from ..evaluation.movement import movement
 from ..evaluation.tables import finite
 from ..experiment.folder import claim, write_json
-from ..experiment.prepare import MEASURED_DOCUMENTS, first_rows, load_rows, tokenize
+from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, tokenize, told_of
 from ..experiment.report import versions
 from ..experiment.stages import tokens_trained_on, train_from_last_checkpoint
 from ..provenance import Revisions, data_revisions
@@ -31,12 +30,9 @@ def stage_text(
         `DataError`: if the data cannot be used.
     """
     rows, qa = load_rows(data)
-    told = {"dataset": data.dataset, "fingerprint": qa.fingerprint, "rows": qa.describe()}
-    told |= {f"dataset_{name}": part for name, part in (("repo", qa.repo), ("commit", qa.commit)) if part}
-    parts = {"train": rows}
-    if data.held_out:
-        parts["train"], parts["held_out"] = hold_out(rows, data.held_out, data.split_seed)
-    parts["train"] = first_rows(parts["train"], data)
+    told = told_of(data, qa)
+    train, held_out, _ = split_rows(rows, data)
+    parts = {"train": train} | ({} if held_out is None else {"held_out": held_out})
     tokens = {}
     for name, part in parts.items():
         tokens[name], counted = tokenize(part, data, tokenizer, max_length)

@@ -12,9 +12,8 @@ from peft.tuners.lora import LoraLayer
 from ..errors import IncompatibleAdapterError
 from ..hookpoints import backbone, causal_lm
 from ..modes import evaluating
-from ..sae.dataset import padded_batches
-from ..sae.totals import wide_dtype
-from ..tuning.loss import frozen_head, token_divergence
+from ..tuning.loss import frozen_head
+from ..tuning.mean_divergence import mean_divergence
 
 
 class LoraUpdate(NamedTuple):
@@ -89,23 +88,20 @@ def movement(model: PeftModel, rows: datasets.Dataset, batch_size: int = 8) -> d
     head = frozen_head(causal_lm(model))  # type: ignore[arg-type]  # a PreTrainedModel, inside PEFT
     inner = backbone(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    total, tokens = 0.0, 0
+
+    def states(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        tuned = inner(**batch, use_cache=False).last_hidden_state
+        with model.disable_adapter():
+            return tuned, inner(**batch, use_cache=False).last_hidden_state
+
     with evaluating(model):
-        for batch in padded_batches(rows, batch_size, head.weight.device):
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-            counted = mask[:, 1:].bool()
-            tuned = inner(**batch, use_cache=False).last_hidden_state[:, :-1][counted]
-            with model.disable_adapter():
-                base = inner(**batch, use_cache=False).last_hidden_state[:, :-1][counted]
-            divergence = token_divergence(tuned, base, head, head)
-            total += divergence.sum(dtype=wide_dtype(divergence.device)).item()
-            tokens += divergence.numel()
+        divergence, tokens = mean_divergence(rows, batch_size, states, (head, head))
     # PEFT makes an adapter trainable when it is switched on again, also one that was loaded frozen.
     model.requires_grad_(False)
     for parameter in trainable:
         parameter.requires_grad_(True)
     return {
-        "kl": total / max(tokens, 1),
+        "kl": divergence,
         "tokens": tokens,
         "update_norm": math.hypot(*norms.values()),
         "update_norms": norms,

@@ -61,7 +61,8 @@ def prepare(
             return report
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
     _check_tokenizers(run, tokenizer, source_teaches)
-    train, held_out, selection = _split(rows, run)
+    train, held_out, selection = split_rows(rows, run, run.selection)
+    assert held_out is not None, "checked with the settings"
     questions = {"held_out": _questions(held_out, run.template, load_answering_tokenizer(run))}
     if selection is not None:
         questions["selection"] = _questions(selection, run.template, tokenizer)
@@ -83,25 +84,32 @@ def prepare(
     return report
 
 
-def _split(
-    rows: datasets.Dataset, run: RunArguments
-) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset | None]:
-    """Rows to train on, held-out ones, and those to choose learning rates on."""
-    train, held_out = hold_out(rows, run.held_out, run.split_seed)
-    selection = None
-    if run.selection:
-        train, selection = hold_out(train, run.selection, run.split_seed)
-    return first_rows(train, run), held_out, selection
+def split_rows(
+    rows: datasets.Dataset, data: DataArguments, selection: int = 0
+) -> tuple[datasets.Dataset, datasets.Dataset | None, datasets.Dataset | None]:
+    """Rows to train on, the first `train_rows` of those that are left; held-out ones; and so many for `selection`.
+
+    Where none are asked for, they are `None`. The same numbers give the same questions, whoever asks.
+    """
+    held_out = chosen_on = None
+    if data.held_out:
+        rows, held_out = hold_out(rows, data.held_out, data.split_seed)
+    if selection:
+        rows, chosen_on = hold_out(rows, selection, data.split_seed)
+    if data.train_rows is not None:
+        rows = rows.select(range(min(len(rows), data.train_rows)))
+    return rows, held_out, chosen_on
 
 
-def first_rows(train: datasets.Dataset, data: DataArguments) -> datasets.Dataset:
-    """The first `train_rows` of the rows that are left for training, or all."""
-    return train if data.train_rows is None else train.select(range(min(len(train), data.train_rows)))
+def told_of(data: DataArguments, qa: QAReport) -> dict[str, str]:
+    """What was read, in words, as the reports of single stages have it."""
+    told = {"dataset": data.dataset, "fingerprint": qa.fingerprint, "rows": qa.describe()}
+    return told | {f"dataset_{name}": part for name, part in (("repo", qa.repo), ("commit", qa.commit)) if part}
 
 
 def training_questions(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     """The training questions, each with its `answer` and the `prompt` that evaluation would give."""
-    train, _, _ = _split(load_rows(run)[0], run)
+    train, _, _ = split_rows(load_rows(run)[0], run, run.selection)
     return _questions(train, run.template, tokenizer)
 
 

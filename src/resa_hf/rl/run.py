@@ -9,11 +9,10 @@ from trl import GRPOTrainer
 
 from ..adapters import base_of_adapter
 from ..arguments import DataArguments, LoraArguments, ModelArguments
-from ..data import hold_out
 from ..evaluation.cost import Cost, current_device
 from ..evaluation.tables import finite, markdown
 from ..experiment.folder import check_settings, check_writable, claim, write_json, write_whole
-from ..experiment.prepare import MEASURED_DOCUMENTS, first_rows, load_rows
+from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, told_of
 from ..experiment.report import versions
 from ..experiment.stages import train_from_last_checkpoint
 from ..models import load_causal_lm, load_tokenizer
@@ -125,17 +124,14 @@ def _read(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, Any]]:
     """Rows to train on, held-out rows of tokens, and what was read, told."""
     rows, qa = load_rows(data)
-    told: dict[str, Any] = {"dataset": data.dataset, "fingerprint": qa.fingerprint, "rows": qa.describe()}
-    told |= {f"dataset_{name}": part for name, part in (("repo", qa.repo), ("commit", qa.commit)) if part}
+    told: dict[str, Any] = {**told_of(data, qa)}
+    rows, held_out, _ = split_rows(rows, data, args.selection)
     measured = None
-    if data.held_out:
-        rows, held_out = hold_out(rows, data.held_out, data.split_seed)
+    if held_out is not None:
         held_out = held_out.select(range(min(len(held_out), MEASURED_DOCUMENTS)))
         text = add_text(held_out, template=data.template, tokenizer=tokenizer)
         measured, _ = tokenize_documents(text, tokenizer, 2048)
-    if args.selection:
-        rows, _ = hold_out(rows, args.selection, data.split_seed)
-    train, prompts = prompt_rows(first_rows(rows, data), data.template, tokenizer, args.max_prompt_length)
+    train, prompts = prompt_rows(rows, data.template, tokenizer, args.max_prompt_length)
     told["prompts"] = prompts.describe()
     told |= {"unverifiable": prompts.unverifiable, "too_long": prompts.too_long}
     for name in ("rows", "prompts"):

@@ -1,6 +1,6 @@
 """An order of the prompts that depends on the epoch alone, so that a run can be resumed in any of them."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import Sampler
@@ -16,7 +16,7 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(self, sampler: Any) -> None:
-        self.sampler: Any = sampler
+        self.sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before each epoch, the one that is resumed included."""
@@ -27,5 +27,4 @@ class EpochOrder(Sampler[int]):
         return iter(self.sampler)
 
     def __len__(self) -> int:
-        inner: Sized = self.sampler
-        return len(inner)
+        return len(self.sampler)

@@ -13,12 +13,11 @@ from trl import DistillationConfig, DistillationTrainer
 from ..errors import DataError
 from ..hookpoints import backbone, causal_lm
 from ..modes import evaluating
-from ..sae.dataset import padded_batches
-from ..sae.totals import wide_dtype
 from ..text import trl_prompt
 from .config import SAETuningConfig
 from .epoch_order import EpochOrder
-from .loss import frozen_head, token_divergence
+from .loss import frozen_head
+from .mean_divergence import mean_divergence
 
 
 class OnPolicyTrainer(DistillationTrainer):
@@ -54,18 +53,16 @@ class OnPolicyTrainer(DistillationTrainer):
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         teacher: PreTrainedModel = self.accelerator.unwrap_model(self.teacher_model)
         heads = frozen_head(causal_lm(self.model)), frozen_head(teacher)  # type: ignore[arg-type]  # it is one, inside PEFT
-        total, tokens = 0.0, 0
+
+        def states(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            student, taught = (backbone(model)(**batch, use_cache=False) for model in (self.model, teacher))
+            return student.last_hidden_state, taught.last_hidden_state
+
         with evaluating(self.model), evaluating(teacher), self.compute_loss_context_manager():
-            for batch in padded_batches(rows, self.args.eval_batch_size, heads[0].weight.device):
-                counted = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:].bool()
-                student, taught = (
-                    backbone(model)(**batch, use_cache=False).last_hidden_state[:, :-1][counted]
-                    for model in (self.model, teacher)
-                )
-                divergence = token_divergence(student, taught, *heads, self.args.beta, self.args.temperature)
-                total += divergence.sum(dtype=wide_dtype(divergence.device)).item()
-                tokens += divergence.numel()
-            metrics = {f"{metric_key_prefix}_{name}": total / max(tokens, 1) for name in ("loss", "kl")}
+            divergence, _ = mean_divergence(
+                rows, self.args.eval_batch_size, states, heads, self.args.beta, self.args.temperature
+            )
+            metrics = {f"{metric_key_prefix}_{name}": divergence for name in ("loss", "kl")}
             self.log(dict(metrics))
         return metrics
 
