@@ -72,7 +72,7 @@ def test_zero_for_equal_models(beta):
     hidden, head = torch.randn(8, 4, requires_grad=True), LMHead(torch.randn(11, 4))
     loss = token_divergence(hidden, hidden.detach().clone(), head, head, beta=beta)
     loss.sum().backward()
-    assert loss.abs().max() == 0
+    assert loss.abs().max() <= (1e-7 if 0 < beta < 1 else 0)  # the mixture has a rounding of its own
     assert hidden.grad.abs().max() < 1e-6
 
 

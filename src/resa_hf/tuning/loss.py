@@ -130,11 +130,11 @@ class TiledDivergence(torch.autograd.Function):
             for start in range(0, tokens, step):
                 tile = slice(start, start + step)
                 logits = student_head.logits(student_hidden[tile])
-                student = _log_softmax(logits / temperature)
-                teacher = _log_softmax(teacher_head.logits(teacher_hidden[tile]).div_(temperature))
+                teacher_logits = teacher_head.logits(teacher_hidden[tile])
+                student, teacher = (_log_softmax(z, temperature) for z in (logits, teacher_logits))
                 divergence[tile], grad_logits = _divergence(student, teacher, beta)
                 if grad is not None:
-                    grad[tile] = student_head.pull_back(grad_logits.div_(temperature), logits)
+                    grad[tile] = student_head.pull_back(grad_logits, logits).div_(temperature)
         ctx.save_for_backward(grad)
         return divergence
 
@@ -144,36 +144,39 @@ class TiledDivergence(torch.autograd.Function):
         return grad * grad_outputs[0].unsqueeze(-1).to(grad.dtype), None, None, None, None, None
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    logits -= logits.logsumexp(-1, keepdim=True)
-    return logits
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
 
 
-def _relative_entropy(log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) by rows, as sum of p (e^u - 1 - u) with u = log q - log p.
+def _relative_entropy(difference: torch.Tensor, p: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) by rows from `difference` log q - log p (overwritten), p, and `excess` q - p.
 
-    The plain sum of -p u loses a small KL in the rounding of the two log-normalisers, which shifts every u alike; here
-    such a shift cancels to first order, and no term is negative.
+    The plain sum of -p (log q - log p) loses a small KL in the rounding of the two log-normalisers, which shifts every
+    log q - log p alike; the sum of q - p, zero but for that rounding, takes such a shift out again to first order.
     """
-    u = log_q - log_p
-    return torch.where(u > 1, log_q.exp() - p - p * u, p * (torch.expm1(u) - u)).sum(-1)
+    return excess.sum(-1) - difference.mul_(p).sum(-1)
 
 
 def _divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergence `[tokens]` and its gradient `[tokens, vocabulary]` to the student's logits, from log-probabilities.
+
+    The log-probabilities are overwritten: at large vocabularies the time goes into passes over such tensors.
 
     `beta` 0 is KL(teacher || student), 1 the reverse, in between TRL's generalised Jensen-Shannon divergence
     (huggingface.co/papers/2306.13649, equation 1).
     """
     p, q = teacher.exp(), student.exp()
     if beta == 0.0:
-        return _relative_entropy(teacher, student, p), q - p
+        excess = q.sub_(p)
+        return _relative_entropy(student.sub_(teacher), p, excess), excess
     if beta == 1.0:
-        slope, value = student - teacher, _relative_entropy(student, teacher, q)
+        slope, value = student - teacher, _relative_entropy(teacher.sub_(student), q, p.sub_(q))
     else:
-        mixture = (beta * p + (1 - beta) * q).log()
-        value = beta * _relative_entropy(teacher, mixture, p) + (1 - beta) * _relative_entropy(student, mixture, q)
-        slope = (1 - beta) * (student - mixture)
+        mixture = beta * p + (1 - beta) * q
+        log_mixture = mixture.log()
+        slope = (1 - beta) * (student - log_mixture)
+        value = beta * _relative_entropy(log_mixture - teacher, p, mixture - p)
+        value += (1 - beta) * _relative_entropy(log_mixture.sub_(student), q, mixture - q)
     return value, q * (slope - (q * slope).sum(-1, keepdim=True))
 
 
