@@ -1,6 +1,6 @@
 """Tokens a second of our in-process engine and of lighteval's accelerate backend, on the tiny reasoner.
 
-    OMP_NUM_THREADS=1 python benchmarks/evaluation_speed.py [--problems 64] [--repeats 5]
+    OMP_NUM_THREADS=1 python -m benchmarks evaluate [--problems 64] [--repeats 5]
 
 Same model, prompts, temperature and limit; the two take turns. Counted are the tokens up to and with the end token,
 over the seconds from the documents to the decoded texts; loading and scoring are left out. "At once" is the number of
@@ -86,11 +86,12 @@ def ours(folder: Path, problems: list[str], temperature: float, samples: int, at
     return sum(completion.length for row in completions for completion in row), seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks evaluate", description=__doc__)
+    parser.add_argument("--preset", choices=["cpu"], default="cpu", help="The tiny reasoner needs no GPU.")
     parser.add_argument("--problems", type=int, default=64, help="Of the tiny reasoner's task.")
     parser.add_argument("--repeats", type=int, default=5, help="Turns of each.")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -111,6 +112,3 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
-
-if __name__ == "__main__":
-    main()

@@ -65,6 +65,31 @@ def test_loss_and_gradients_in_float32(tmp_path, settings):
     assert relative_error(grads, expected_grads) < 1e-4
 
 
+@pytest.mark.parametrize("settings", LEGAL, ids=lambda s: "-".join(map(str, s.values())))
+def test_in_bf16_no_further_from_float64_than_a_plain_loop(tmp_path, settings):
+    """bf16 keeps three digits of the states, so that exact values are out of reach; the shortcuts may lose no more."""
+
+    def run(dtype, how):
+        # Of each dtype, the same weights: bf16 ones.
+        peft = moved_adapter(tiny_model(dtype=torch.bfloat16)).to(dtype)
+        source = tiny_model(seed=7, dtype=torch.bfloat16).to(dtype) if settings["kl_reference"] == "source" else None
+        return how(peft, tiny_sae(torch.bfloat16).to(dtype), source)
+
+    def naive(peft, sae, source):
+        return naive_gradients(peft, sae=sae, batch=batch, source=source, **settings)
+
+    def ours(peft, sae, source):
+        return trainer_gradients(make_trainer(peft, tmp_path, sae=sae, source_model=source, **settings), batch)
+
+    batch = batch_of()
+    (exact, exact_grads), (plain, plain_grads), (loss, grads) = (
+        run(torch.float64, naive), run(torch.bfloat16, naive), run(torch.bfloat16, ours),
+    )  # fmt: skip
+    assert abs(loss - exact) / exact < max(1.5 * abs(plain - exact) / exact, 0.02)
+    # Which latents are the largest is partly chance in bf16, in both.
+    assert relative_error(grads, exact_grads) < 1.5 * relative_error(plain_grads, exact_grads)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 0.5), (0.0, 1.0), (2.0, 0.0)])
 def test_weights_of_divergence_and_cross_entropy(tmp_path, weights):
     peft, sae, batch = moved_adapter(tiny_model()), tiny_sae(), batch_of()
@@ -175,10 +200,11 @@ def test_frozen_adapter_of_the_target_is_merged_first(tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_shared_prefix_is_exact(tmp_path, checkpointing):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_prefix_is_exact(tmp_path, checkpointing, dtype):
     def run(share):
         trainer = make_trainer(
-            moved_adapter(tiny_model(dtype=torch.float32), moved=False), tmp_path, sae=tiny_sae(torch.float32),
+            moved_adapter(tiny_model(dtype=dtype), moved=False), tmp_path, sae=tiny_sae(dtype),
             sae_gradient="stop", share_prefix=share, max_steps=4, gradient_checkpointing=checkpointing,
         )  # fmt: skip
         trainer.train()

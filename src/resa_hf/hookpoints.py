@@ -45,11 +45,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     inner = backbone(model)
     count: int | None = getattr(getattr(inner, "config", None), "num_hidden_layers", None)
-    lists = [(name, child) for name, child in inner.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
-    lists = [(name, child) for name, child in lists if count is None or len(child) == count]
-    if not lists:
-        raise HookpointError(f"{type(inner).__name__} has no list of decoder layers, so it has no hookpoints.")
-    return min(lists, key=lambda item: item[0].count("."))
+    # Nearly always a child of the backbone; a walk through all modules would cost a training step some milliseconds.
+    for modules in (inner.named_children(), inner.named_modules()):
+        lists = [(name, child) for name, child in modules if isinstance(child, nn.ModuleList) and len(child)]
+        lists = [(name, child) for name, child in lists if count is None or len(child) == count]
+        if lists:
+            return min(lists, key=lambda item: item[0].count("."))
+    raise HookpointError(f"{type(inner).__name__} has no list of decoder layers, so it has no hookpoints.")
 
 
 def resolve_hookpoint(model: nn.Module, hookpoint: int | str) -> str:
@@ -115,6 +117,8 @@ def _from_lens(spelled: str, path: str, layers: nn.ModuleList) -> str:
         return f"{path}.{index - 1}"
     names = ("mlp",) if kind == "mlp_out" else ("self_attn", "attn", "attention")
     children = dict(layers[0].named_children())
+    if "post_feedforward_layernorm" in children:  # Gemma 2 and 3, OLMo 2: sae-lens hooks what is added to the residual
+        names = ("post_feedforward_layernorm",) if kind == "mlp_out" else ("post_attention_layernorm",)
     return f"{path}.{index}." + next((name for name in names if name in children), kind)
 
 

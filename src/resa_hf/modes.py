@@ -1,8 +1,10 @@
-"""Running a model in evaluation mode for a while."""
+"""Running a model in evaluation mode, or without its adapters, for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
@@ -10,9 +12,35 @@ from torch import nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switches dropout and gradient checkpointing off inside the block; each submodule then gets its own mode back."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
         for module in training:
             module.training = True
+
+
+class AdapterSwitch:
+    """
+    `PeftModel.disable_adapter` for every step: PEFT's asks each time for the state of every layer, which takes longer
+    than some models do.
+
+    Args:
+        model (`torch.nn.Module`): a model whose adapters are on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        switched = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        self._layers = [module for module in model.modules() if isinstance(module, switched)]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Without adapters inside the block."""
+        for layer in self._layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.enable_adapters(True)

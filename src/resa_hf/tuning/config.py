@@ -14,6 +14,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "kl_reference": ("base", "adapted", "source"),
     "control": (None, "noise", "random_sae", "low_rank", *TRAINED_CONTROLS),
     "share_prefix": ("auto", "never"),
+    "sae_dtype": ("auto", "bfloat16"),
 }
 
 
@@ -34,6 +35,10 @@ class SAETuningConfig(SFTConfig):
             Which SAE of a repo that holds several, for example `"layers.12"`.
         sae_revision (`str`, *optional*):
             Revision of the repo.
+        sae_dtype (`str`, *optional*, defaults to `"auto"`):
+            How the SAEs that `sae` and `control_sae` name are held: `"auto"`, as stored, or `"bfloat16"`, which halves
+            a float32 SAE. Latents are then chosen, and gradients made, in bfloat16. A module that the trainer is given
+            stays as it is.
         hookpoint (`int` or `str`, *optional*):
             Where the SAE is spliced in. `None`: the SAE's own hookpoint.
         allow_hookpoint_mismatch (`bool`, *optional*, defaults to `False`):
@@ -79,6 +84,12 @@ class SAETuningConfig(SFTConfig):
             (`sae_gradient`
             `"stop"`, a decoder-layer hookpoint, SAE in the student, teacher `"base"`, adapters below at zero, no
             dropout in the model); `"never"`.
+        teacher_cache (`str`, *optional*):
+            A folder. The teacher's states of the first epoch are written there and read in those that follow, and in
+            other runs with the same teacher, rows and precision, instead of running it. Takes 2 or, where the prefix
+            is shared, 4 bytes in bf16 for each token and dimension, told before they are written; delete it by hand.
+            `"none"` means `None`. Needs a teacher that stays as it is: `kl_reference` `"base"` or `"source"`, the SAE
+            in the student.
 
     Raises:
         `ValueError`: for a wrong choice, or settings that contradict each other.
@@ -94,6 +105,7 @@ class SAETuningConfig(SFTConfig):
     sae: str | None = field(default=None, metadata={"help": "Hub repo or folder of the SAE; 'none' for none."})
     sae_id: str | None = field(default=None, metadata={"help": "Which SAE of the repo, e.g. 'layers.12'."})
     sae_revision: str | None = field(default=None, metadata={"help": "Revision of the SAE's repo."})
+    sae_dtype: str = field(default="auto", metadata={"help": "How the SAE is held: 'auto' (as stored), 'bfloat16'."})
     hookpoint: int | str | None = field(default=None, metadata={"help": "Where to splice; default: the SAE's own."})
     allow_hookpoint_mismatch: bool = field(
         default=False, metadata={"help": "Allow an SAE at another hookpoint than its own; warns with the FVU there."}
@@ -120,9 +132,15 @@ class SAETuningConfig(SFTConfig):
     share_prefix: str = field(
         default="auto", metadata={"help": "'auto': run the shared layers once where that is exact; 'never'."}
     )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "Folder for the teacher's states, read from the second epoch on; 'none'."}
+    )
+    # The filter waits for the device at every step, and a NaN loss should be seen.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf losses out of the logs."})
 
     def __post_init__(self) -> None:
-        for name in ("sae", "sae_id", "sae_revision", "hookpoint", "control", "control_sae", "control_sae_id"):
+        places = ("sae", "sae_id", "sae_revision", "hookpoint", "control_sae", "control_sae_id", "teacher_cache")
+        for name in (*places, "control"):
             if str(getattr(self, name)).lower() in ("none", "null"):
                 setattr(self, name, None)
         for name, choices in _CHOICES.items():
@@ -136,6 +154,8 @@ class SAETuningConfig(SFTConfig):
             self.check_control_sae(True)
         for name, value in runnable_precision(self.bf16, self.fp16, self.use_cpu).items():
             setattr(self, name, value)
+        if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            self.tf32 = False  # transformers would switch it on, for the SAE's float32 too
         super().__post_init__()
 
     def _check_numbers(self) -> None:
@@ -163,6 +183,18 @@ class SAETuningConfig(SFTConfig):
             raise ValueError(
                 "kl_weight is 0, so there is no teacher: sae_in, kl_reference and control must be left alone."
             )
+
+        if self.teacher_cache is not None:
+            self._check_teacher_cache()
+
+    def _check_teacher_cache(self) -> None:
+        if self.kl_weight == 0 or self.kl_reference == "adapted" or self.sae_in == "teacher":
+            raise ValueError(
+                f"teacher_cache needs a teacher that stays as it is: kl_weight above 0 (is {self.kl_weight}), "
+                f"kl_reference base or source (is {self.kl_reference}), sae_in student (is {self.sae_in})."
+            )
+        if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
+            raise ValueError("teacher_cache needs one row a text: packing_strategy wrapped, or packing: false.")
 
     def check_sae(self, has_sae: bool) -> None:
         """Checks what depends on whether there is an SAE, which may be given here or to the trainer.

@@ -59,7 +59,7 @@ def place_sae(model: nn.Module, args: SAETuningConfig, sae: str | nn.Module | No
         `IncompatibleSAEError`: if the SAE is of another width, or of another hookpoint and that is not allowed.
         `ValueError`: if `sae` and `args.sae` disagree.
     """
-    module = _agreed(sae, "SAE", args.sae, args.sae_id, args.sae_revision)
+    module = _agreed(sae, "SAE", args.sae, args.sae_id, args.sae_revision, args.sae_dtype)
     if module is None:
         return None
     own = module.hookpoint if isinstance(module, DescribedSAE) else None
@@ -90,7 +90,7 @@ def load_control_sae(
         `IncompatibleSAEError`: if it is of another width, or of a hookpoint that the control is not made for.
         `ValueError`: if `control_sae` and `args.control_sae` disagree.
     """
-    other = _agreed(control_sae, "control SAE", args.control_sae, args.control_sae_id)
+    other = _agreed(control_sae, "control SAE", args.control_sae, args.control_sae_id, None, args.sae_dtype)
     if other is None:
         return None
     if not isinstance(other, DescribedSAE) or other.hookpoint is None:
@@ -106,18 +106,19 @@ def load_control_sae(
 
 
 def _agreed(
-    given: str | nn.Module | None, kind: str, name: str | None, sae_id: str | None, revision: str | None = None
+    given: str | nn.Module | None, kind: str, name: str | None, sae_id: str | None, revision: str | None, dtype: str
 ) -> nn.Module | None:
     """The SAE given to the trainer, or the one that its args name, which must be the same where there are both."""
+    held = None if dtype == "auto" else getattr(torch, dtype)
     if isinstance(given, str):
         if name not in (None, given):
             raise ValueError(f"The trainer was given the {kind} {given!r} and its args name {name!r}: name one.")
-        return load_sae(given, sae_id, revision=revision)
+        return load_sae(given, sae_id, revision=revision, dtype=held)
     if name is None:
         return given
-    named = load_sae(name, sae_id, revision=revision)
     if given is None:
-        return named
+        return load_sae(name, sae_id, revision=revision, dtype=held)
+    named = load_sae(name, sae_id, revision=revision)
     values, stored = given.state_dict(), named.state_dict()
     if values.keys() != stored.keys() or any(not torch.equal(values[key].cpu(), stored[key]) for key in stored):
         raise ValueError(f"The {kind} given to the trainer is not the one that its args name, {name!r}: name one.")

@@ -76,7 +76,8 @@ def fvu_sums(x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor) -> torch.T
         counted (`torch.Tensor`): the positions to count, `[batch, tokens]`, bool.
     """
     wide = wide_dtype(x.device)
-    x, y = x[counted].to(wide), y[counted].to(wide)
+    # Not picked out by `counted`: the device would have to tell the host how many they are.
+    x, y = (z.to(wide).masked_fill(~counted.unsqueeze(-1), 0).flatten(0, -2) for z in (x, y))
     scalars = torch.stack([(x - y).square().sum(), x.square().sum(), counted.sum().to(wide)])
     return torch.cat([scalars, x.sum(0)])
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..hookpoints import backbone
 from ..modes import evaluating
+from ..sae.totals import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,16 @@ class LMHead:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[tokens, d_model]` -> `[tokens, vocabulary]`, a fresh tensor of at least float32."""
-        logits = hidden.to(self.weight.dtype) @ self.weight.T
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`[tokens, d_model]` -> `[tokens, vocabulary]` of at least float32: a fresh tensor, or `out`."""
+        hidden = hidden.to(self.weight.dtype)
+        if out is None:
+            logits = hidden @ self.weight.T
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        elif out.dtype == self.weight.dtype:
+            logits = torch.mm(hidden, self.weight.T, out=out)
+        else:
+            logits = out.copy_(hidden @ self.weight.T)
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:
@@ -125,16 +132,24 @@ class TiledDivergence(torch.autograd.Function):
         dtype = torch.promote_types(student_head.weight.dtype, torch.float32)
         divergence = torch.empty(tokens, dtype=dtype, device=student_hidden.device)
         grad = torch.empty_like(student_hidden) if student_hidden.requires_grad else None
-        step = tile_tokens(student_head.weight.shape[0], student_hidden.device)
+        vocabulary = student_head.weight.shape[0]
+        step = min(tile_tokens(vocabulary, student_hidden.device), max(tokens, 1))
+        # Made once: on a CPU, the pages of a fresh tensor cost more than the pass that fills it.
+        work = [torch.empty(step, vocabulary, dtype=dtype, device=student_hidden.device) for _ in range(4)]
         with torch.autocast(student_hidden.device.type, enabled=False):
             for start in range(0, tokens, step):
                 tile = slice(start, start + step)
-                logits = student_head.logits(student_hidden[tile])
-                teacher_logits = teacher_head.logits(teacher_hidden[tile])
-                student, teacher = (_log_softmax(z, temperature) for z in (logits, teacher_logits))
-                divergence[tile], grad_logits = _divergence(student, teacher, beta)
+                student, teacher, p, q = (buffer[: len(student_hidden[tile])] for buffer in work)
+                student_head.logits(student_hidden[tile], student)
+                teacher_head.logits(teacher_hidden[tile], teacher)
+                logits = student.clone() if student_head.softcap is not None else student
+                if temperature != 1.0:
+                    student, teacher = student.div_(temperature), teacher.div_(temperature)
+                divergence[tile], grad_logits, scale = (
+                    _forward_kl(student, teacher, p, q) if beta == 0.0 else _divergence(student, teacher, beta)
+                )
                 if grad is not None:
-                    grad[tile] = student_head.pull_back(grad_logits, logits).div_(temperature)
+                    grad[tile] = student_head.pull_back(grad_logits, logits).div_(scale * temperature)
         ctx.save_for_backward(grad)
         return divergence
 
@@ -144,31 +159,42 @@ class TiledDivergence(torch.autograd.Function):
         return grad * grad_outputs[0].unsqueeze(-1).to(grad.dtype), None, None, None, None, None
 
 
-def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+def _forward_kl(
+    student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor, q: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KL(teacher || student) `[tokens]`; its gradient to the student's logits in units of a factor `[tokens, 1]`.
+
+    Logits are overwritten, p and q are room for their exponentials: at large vocabularies the time goes into passes
+    over such tensors. Of KL = sum (q - p) - sum p (log q - log p) the first sum is zero but for the rounding of the
+    normalisers, which shifts every log q - log p alike: it takes that shift out again, which would drown a small KL.
+    """
+    wide = wide_dtype(student.device)
+    z_p, z_q = (
+        torch.exp(x.sub_(x.amax(-1, keepdim=True)), out=out).sum(-1, keepdim=True).to(wide)
+        for x, out in ((teacher, p), (student, q))
+    )
+    ratio = z_q / z_p
+    narrow = ratio.to(p.dtype)
+    weighted = student.sub_(teacher).mul_(p).sum(-1, keepdim=True).to(wide)
+    excess = q.addcmul_(p, narrow, value=-1)
+    # What the rounding of a row's ratio has moved is known, and put back.
+    value = (excess.sum(-1, keepdim=True).to(wide) + (narrow - ratio) * z_p) / z_q
+    value -= weighted / z_p - ratio.log()
+    return value.squeeze(-1).to(p.dtype), excess, z_q.to(p.dtype)
 
 
 def _relative_entropy(difference: torch.Tensor, p: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) by rows from `difference` log q - log p (overwritten), p, and `excess` q - p.
-
-    The plain sum of -p (log q - log p) loses a small KL in the rounding of the two log-normalisers, which shifts every
-    log q - log p alike; the sum of q - p, zero but for that rounding, takes such a shift out again to first order.
-    """
+    """KL(p || q) by rows from `difference` log q - log p (overwritten), p, and `excess` q - p; see `_forward_kl`."""
     return excess.sum(-1) - difference.mul_(p).sum(-1)
 
 
-def _divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence `[tokens]` and its gradient `[tokens, vocabulary]` to the student's logits, from log-probabilities.
-
-    The log-probabilities are overwritten: at large vocabularies the time goes into passes over such tensors.
-
-    `beta` 0 is KL(teacher || student), 1 the reverse, in between TRL's generalised Jensen-Shannon divergence
-    (huggingface.co/papers/2306.13649, equation 1).
-    """
+def _divergence(
+    student: torch.Tensor, teacher: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_forward_kl`, for 0 < `beta` <= 1: KL(student || teacher) for 1, else TRL's generalised Jensen-Shannon
+    divergence (huggingface.co/papers/2306.13649, equation 1)."""
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
     p, q = teacher.exp(), student.exp()
-    if beta == 0.0:
-        excess = q.sub_(p)
-        return _relative_entropy(student.sub_(teacher), p, excess), excess
     if beta == 1.0:
         slope, value = student - teacher, _relative_entropy(teacher.sub_(student), q, p.sub_(q))
     else:
@@ -177,7 +203,7 @@ def _divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> tu
         slope = (1 - beta) * (student - log_mixture)
         value = beta * _relative_entropy(log_mixture - teacher, p, mixture - p)
         value += (1 - beta) * _relative_entropy(log_mixture.sub_(student), q, mixture - q)
-    return value, q * (slope - (q * slope).sum(-1, keepdim=True))
+    return value, q * (slope - (q * slope).sum(-1, keepdim=True)), value.new_ones(len(value), 1)
 
 
 def token_divergence(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..hookpoints import decoder_layers
 from ..sae.totals import wide_dtype
@@ -37,7 +37,9 @@ class StepMetrics:
         tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         sums = [divergence.sum(), entropy.sum(), max(divergence.numel(), entropy.numel()), tokens]
         device = divergence.device
-        self._sums.append(torch.stack([torch.as_tensor(x, dtype=wide_dtype(device), device=device) for x in sums]))
+        # `full` makes a number on the device; one that is copied there is waited for.
+        made = [x if isinstance(x, Tensor) else torch.full((), float(x), device=device) for x in sums]
+        self._sums.append(torch.stack([x.to(wide_dtype(device)) for x in made]))
         if first_step and divergence.numel():
             self._initial.append(self._sums[-1][[0, 2]])
         if divergence.numel():

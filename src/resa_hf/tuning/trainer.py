@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
 from ..arguments import LoraArguments
-from ..hookpoints import backbone, capture, causal_lm, layer_index, splice
+from ..compiling import LayerCompiler
+from ..hookpoints import backbone, causal_lm, layer_index, splice
 from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
-from ..modes import evaluating
 from ..provenance import loaded_revision, sae_revision
 from ..pushing import PushToHub
 from ..trl_internals import ForwardRedirection
+from .collator import HostCollator
 from .config import SAETuningConfig
 from .controls import make_control
 from .fit import (
@@ -35,6 +36,8 @@ from .insertion import Insertion
 from .loss import LMHead, frozen_head, token_cross_entropy, token_divergence
 from .metrics import StepMetrics, gradient_norms
 from .prefix import passing_through, prefix_is_exact
+from .teacher import Teacher
+from .teacher_cache import TeacherCache, teacher_fingerprint
 
 FITTING_BATCHES = 32  # of the training data, for a control that is fitted to the activations
 
@@ -146,6 +149,9 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         self._trained_tokens = 0
         if not self._plain_sft:
             self._set_up_loss(source_model, other)
+        hookpoints = [] if self._placed is None else [self._placed.hookpoint]
+        models = [model for model in (self.model, self._source) if model is not None]
+        self._compiler = LayerCompiler(self.accelerator, models, hookpoints)
 
     @staticmethod
     def _load_target(model: str | PreTrainedModel | PeftModel, args: SAETuningConfig) -> PreTrainedModel | PeftModel:
@@ -177,22 +183,45 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
                     f"The source model has {self._teacher_head.weight.shape[0]} tokens and the target "
                     f"{self._head.weight.shape[0]}; teacher and student must share one vocabulary."
                 )
-        if self._placed is None:
-            return
-        self._placed.special_tokens = special_token_ids(self.args, self._placed.module, self.processing_class)
-        self._placed.module.to(self.accelerator.device)
+        if self._placed is not None:
+            self._insertion = self._make_insertion(self._placed, other)
+        cached = self.args.teacher_cache is not None
+        if cached and not (isinstance(self.train_dataset, Dataset) and "input_ids" in self.train_dataset.column_names):
+            raise ValueError("teacher_cache needs a training data set of rows that can be counted, not a stream.")
+        open_cache = self._open_teacher_cache if cached else None
+        self._teacher = Teacher(self.args, self.model, self._source, self._insertion, self._placed, open_cache)
+        if not isinstance(self.train_dataset, IterableDataset):  # accelerate cuts a stream's batches by rows
+            self.data_collator = HostCollator(self.data_collator, keys=cached)
+
+    def _make_insertion(self, placed: PlacedSAE, other: nn.Module | None) -> Insertion:
+        placed.special_tokens = special_token_ids(self.args, placed.module, self.processing_class)
+        placed.module.to(self.accelerator.device)
         module = make_control(
             self.args.control,
-            self._placed.module,
+            placed.module,
             seed=self.args.seed,
             other=other,
-            activations=self._activations(self._placed),
+            activations=self._activations(placed),
         )
-        self._insertion = Insertion(module, stop_gradient=self.args.sae_gradient == "stop").to(self.accelerator.device)
-        self._insertion.requires_grad_(False)
-        self._below = layer_index(self.model, self._placed.hookpoint)
-        if self._placed.mismatch is not None:
-            warn_of_mismatch(self._placed, next(self._activations(self._placed)))
+        self._below = layer_index(self.model, placed.hookpoint)
+        if placed.mismatch is not None:
+            warn_of_mismatch(placed, next(self._activations(placed)))
+        insertion = Insertion(module, stop_gradient=self.args.sae_gradient == "stop").to(self.accelerator.device)
+        return insertion.requires_grad_(False)
+
+    def _open_teacher_cache(self, states: list[torch.Tensor]) -> TeacherCache:
+        fingerprint = teacher_fingerprint(
+            self.model if self._source is None else self._source,
+            hookpoint=self._placed and self._placed.hookpoint,
+            precision=self.accelerator.mixed_precision,
+            device=self.accelerator.device.type,
+            loading=self.args.model_init_kwargs,
+        )
+        rows: Any = self.train_dataset["input_ids"]  # type: ignore[index]  # checked above
+        cache = TeacherCache(str(self.args.teacher_cache), fingerprint, rows, states)
+        told = "complete" if cache.complete else "filled in the first epoch"
+        self.accelerator.print(f"teacher_cache: {cache.path}, {cache.bytes / 1e9:,.2f} GB, {told}.")
+        return cache
 
     def _activations(self, placed: PlacedSAE) -> Iterator[torch.Tensor]:
         """What the SAE replaces in the first rows of the training data, `[positions, d_in]` batch by batch.
@@ -204,12 +233,9 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         rows = list(itertools.islice(self.train_dataset, FITTING_BATCHES * size))  # type: ignore[arg-type]
         collate = self._get_collator_with_removed_columns(self.data_collator)
         batches = (collate(rows[start : start + size]) for start in range(0, len(rows), size))
-        for x in spliced_activations(self._spliced_model(self.args.sae_in), placed, batches):
+        spliced = self.model if self.args.sae_in == "student" or self._source is None else self._source
+        for x in spliced_activations(spliced, placed, batches):
             yield x.to(self.accelerator.device)
-
-    def _spliced_model(self, into: str) -> nn.Module:
-        """The model that runs the forward `into`, "student" or "teacher"."""
-        return self.model if into == "student" or self._source is None else self._source
 
     def _load_source(self, source_model: str | PreTrainedModel) -> PreTrainedModel:
         if not isinstance(source_model, str):
@@ -217,18 +243,15 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         check_same_vocabulary(self.processing_class, load_tokenizer(source_model))
         return load_causal_lm(source_model, dtype=self._head.weight.dtype)
 
-    @contextmanager
-    def _spliced(self, into: str) -> Iterator[None]:
-        """Splices the SAE while the block runs, if it belongs `into` that forward ("student" or "teacher")."""
-        if self._insertion is None or self._placed is None or self.args.sae_in != into:
-            yield
-            return
-        with splice(self._spliced_model(into), self._placed.hookpoint, self._insertion):
-            yield
+    def _spliced_student(self) -> AbstractContextManager[None]:
+        """The SAE stands in the model while the block runs, if it belongs there."""
+        if self._insertion is None or self._placed is None or self.args.sae_in != "student":
+            return nullcontext()
+        return splice(self.model, self._placed.hookpoint, self._insertion)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Gradient checkpointing runs submodules again in the backward, so the SAE stays until that is over.
-        with self._spliced("student"):
+        with self._compiler.running(), self._spliced_student():
             loss: torch.Tensor = super().training_step(*args, **kwargs)
         due = self.state.global_step + 1
         if (
@@ -240,7 +263,7 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._spliced("student"):
+        with self._compiler.running(), self._spliced_student():
             return super().prediction_step(*args, **kwargs)
 
     def compute_loss(
@@ -256,7 +279,7 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         divergence, entropy = self._forward_redirection(model, unwrapped, self._token_losses, unwrapped, inputs)
         loss = self.args.kl_weight * divergence.sum() + self.args.sft_weight * entropy.sum()
         count = max(divergence.numel(), entropy.numel()) if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        loss = loss / (count.to(loss.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         first_step = self.model.training and self.state.global_step == 0
@@ -267,63 +290,41 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         """Divergence and cross-entropy at the counted positions, each `[counted]`, or empty for a weight of 0."""
         batch = _forward_inputs(inputs)
         labels = inputs["labels"][:, 1:]
-        counted = labels != -100
+        counts = labels != -100
+        # Positions as the collator found them on the host; looked for here, the device would have to be waited for.
+        counted = inputs["counted"] if "counted" in inputs else counts.flatten().nonzero().squeeze(1)
         with ExitStack() as stack:
             if self._insertion is not None and self._placed is not None:
                 self._insertion.set_untouched(self._placed.special_positions(inputs["input_ids"]))
-                every = torch.nn.functional.pad(counted, (0, 1), value=False)
+                every = torch.nn.functional.pad(counts, (0, 1), value=False)
                 fvu_sums = self._metrics_of_mode().fvu_sums
                 stack.enter_context(self._insertion.measuring(every, fvu_sums))
-            teacher, state = self._teacher_states(model, batch) if self.args.kl_weight > 0 else (None, None)
-            if state is not None and self._shares_prefix(model, batch, state):
-                stack.enter_context(passing_through(model, self._below, state))
-            student = backbone(model)(**batch).last_hidden_state[:, :-1][counted]
+            taught = self._teacher.states(model, batch, inputs.get("rows")) if self.args.kl_weight > 0 else None
+            if taught is not None and taught.at_hookpoint is not None and self._shares_prefix(model, batch):
+                stack.enter_context(passing_through(model, self._below, taught.at_hookpoint))
+            student = backbone(model)(**batch).last_hidden_state[:, :-1].flatten(0, 1)[counted]
         divergence = entropy = student.new_zeros(0)
-        if teacher is not None:
+        if taught is not None:
             divergence = token_divergence(
                 student,
-                teacher[:, :-1][counted],
+                taught.last[:, :-1].flatten(0, 1)[counted],
                 self._head,
                 self._teacher_head,
                 self.args.kl_beta,
                 self.args.kl_temperature,
             )
         if self.args.sft_weight > 0:
-            entropy = token_cross_entropy(student, self._head, labels[counted])
+            entropy = token_cross_entropy(student, self._head, labels.flatten()[counted])
         return divergence, entropy
 
-    @torch.no_grad()
-    def _teacher_states(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The teacher's last states `[batch, tokens, d_model]`; those at the hookpoint if they may be shared."""
-        teacher = self._source if self._source is not None else model
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(teacher))
-            stack.enter_context(self._spliced("teacher"))
-            if self._insertion is not None and self.args.sae_in == "student":
-                stack.enter_context(self._insertion.off())
-            if self.args.kl_reference == "base" and isinstance(model, PeftModel):
-                stack.enter_context(model.disable_adapter())
-            if self._placed is None or not self._may_share():
-                return backbone(teacher)(**batch).last_hidden_state, None
-            activations = stack.enter_context(capture(teacher, [self._placed.hookpoint]))
-            return backbone(teacher)(**batch).last_hidden_state, activations[self._placed.hookpoint]
-
-    def _may_share(self) -> bool:
-        return (
-            self._shared is not False
-            and self._placed is not None
-            and self._placed.hands_tensor_through
-            and self.args.sae_gradient == "stop"
-            and self.args.sae_in == "student"
-            and self.args.kl_reference == "base"
-        )
-
-    def _shares_prefix(self, model: nn.Module, batch: dict[str, Any], state: torch.Tensor) -> bool:
+    def _shares_prefix(self, model: nn.Module, batch: dict[str, Any]) -> bool:
         """Whether the student may start from the teacher's state at the hookpoint; tried out in the first step."""
         if self._shared is None and self.model.training and self._insertion is not None:
-            self._shared = prefix_is_exact(model, self._insertion, self._below, state, batch)
+            self._shared = prefix_is_exact(model, self._insertion, self._below, batch)
             if not self._shared:
-                self.accelerator.print("share_prefix: not exact here (dropout, or adapters not at zero), so not used.")
+                self.accelerator.print(
+                    "share_prefix: not exact here (dropout, adapters not at zero, or keys shared by layers)."
+                )
         return bool(self._shared)
 
     def _metrics_of_mode(self) -> StepMetrics:
@@ -342,4 +343,5 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
 
 
 def _forward_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+    others = ("labels", "counted", "rows")
+    return {key: value for key, value in inputs.items() if key not in others} | {"use_cache": False}

@@ -1,0 +1,1 @@
+"""Benchmarks of resa-hf: `python -m benchmarks`."""
