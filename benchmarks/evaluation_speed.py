@@ -111,4 +111,3 @@ def main(argv: list[str]) -> None:
     print("| temperature | samples | at once | lighteval, tokens/s | ours, tokens/s | ratio of medians |")
     print("|---|---|---|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
-

@@ -1,6 +1,6 @@
 """Seconds of `import resa_hf` and of `resa-hf --help`, each in a fresh process.
 
-    python -m benchmarks import [--repeats 11]
+python -m benchmarks import [--repeats 11]
 """
 
 import argparse

@@ -47,7 +47,7 @@ class Sparsify:
         self.optimizer.train()
         self._fired = torch.zeros(start.num_latents, dtype=torch.bool, device=start.device)
         self._since_fired = torch.zeros(start.num_latents, dtype=torch.long, device=start.device)
-        self.fvus: list[float] = []
+        self.losses: list[float] = []  # FVU
 
     def step(self, x: Tensor) -> None:
         self.sae.set_decoder_norm_to_unit_norm()
@@ -55,7 +55,7 @@ class Sparsify:
         variance = (x - x.mean(0)).pow(2).sum()
         out = self.sae(x, x, dead_mask=None, total_variance=variance)
         self._fired[out.latent_indices.flatten()] = True
-        self.fvus.append(float(out.fvu.detach()))
+        self.losses.append(float(out.fvu.detach()))
         out.fvu.backward()
         self.sae.remove_gradient_parallel_to_decoder_directions()
         self.optimizer.step()
@@ -86,12 +86,12 @@ class SAELens:
             total_training_samples=2**40, train_batch_size_samples=2**12, lr_end=3e-5, device=device
         )
         self._trainer = LensTrainer(total, sae, iter(()))
-        self.errors: list[float] = []  # mean over tokens of the squared error
+        self.losses: list[float] = []  # mean over tokens of the squared error
 
     def step(self, x: Tensor) -> None:
         out = self._trainer.step(x.float())
         self._trainer.n_training_steps += 1
-        self.errors.append(
+        self.losses.append(
             float(out.losses["mse_loss"].detach())
         )  # its progress bar takes a number from the device, too
 

@@ -1,6 +1,6 @@
-"""Cost against tokens, sequence length, latents and hookpoints, with least-squares fits; memory against the run's tokens.
+"""Cost against tokens, sequence length, latents and hookpoints, with fits; memory against the tokens of a run.
 
-    python -m benchmarks scaling --preset cpu [--repeats 3]
+    python -m benchmarks scaling --preset cpu [--repeats 2]
 
 Seconds are medians over steps and repeats, all points of a series taking turns. Stage I against tokens and latents is
 the step of one SAE on random activations (loss, backward, decoder's parallel gradient, optimiser, decoder norm);
@@ -37,6 +37,7 @@ from .stage2 import parts, token_ids
 
 PICTURE = Path(__file__).with_name("scaling.png")
 MIB = 2**20
+MEMORY_STEPS = 60
 
 
 @dataclass
@@ -132,40 +133,50 @@ def stage2_step(preset: Preset, sequences: int) -> float:
     return statistics.median(steps.taken)
 
 
-def measured_series(preset: Preset, repeats: int) -> list[Series]:
+@dataclass
+class Curve:
+    """What is to be measured: seconds at each x. `scale` times x is what is drawn."""
+
+    title: str
+    unit: str
+    x: list[int]
+    seconds: Callable[[int], float]
+    degree: int = 1
+    scale: int = 1
+
+    def series(self, repeats: int) -> Series:
+        print(f"{self.title} ...", file=sys.stderr)
+        taken = in_turns(self.seconds, self.x, repeats)
+        return Series(self.title, self.unit, [self.scale * x for x in self.x], taken, self.degree)
+
+
+def curves(preset: Preset) -> list[Curve]:
     tokens, quarter = preset.tokens * preset.sequences, preset.tokens // 4
     few = replace(preset, sequences=preset.sequences // 4)
-    short = replace(preset, tokens=quarter)
     counts = [tokens * eighths // 8 for eighths in (1, 2, 4, 8, 12, 16)]
     latents = [preset.latents * quarters // 4 for quarters in (1, 2, 4, 6, 8)]
     lengths = [preset.tokens * eighths // 8 for eighths in (1, 2, 4, 8, 16)]
-    sequences = [1, 2, 4, 6, 8]
-    plan: list[tuple[str, str, list[int], Callable[[int], float], int]] = [
-        ("Stage I: tokens a step", "tokens", counts, lambda x: stage1_step(preset, x, preset.latents), 1),
-        ("Stage I: latents", "latents", latents, lambda x: stage1_step(preset, tokens // 2, x), 1),
-        ("Stage I: hookpoints in one pass", "hookpoints", list(range(1, 9)), lambda x: stage1_hookpoints(few, x), 1),
-        (
-            f"Stage II: tokens a step, sequences of {quarter}",
-            "sequences",
-            sequences,
-            lambda x: stage2_step(short, x),
-            1,
+    return [
+        Curve("Stage I: tokens a step", "tokens", counts, lambda x: stage1_step(preset, x, preset.latents)),
+        Curve("Stage I: latents", "latents", latents, lambda x: stage1_step(preset, tokens // 2, x)),
+        Curve(
+            "Stage I: hookpoints in one pass", "hookpoints", [1, 2, 3, 4, 6, 8], lambda x: stage1_hookpoints(few, x)
         ),
-        (
+        Curve(
+            f"Stage II: tokens a step, sequences of {quarter}",
+            "tokens",
+            [1, 2, 3, 4, 6],
+            lambda x: stage2_step(replace(preset, tokens=quarter), x),
+            scale=quarter,
+        ),
+        Curve(
             "Stage II: sequence length",
             "tokens",
             lengths,
             lambda x: stage2_step(replace(preset, tokens=x), 1),
-            2,  # attention looks at pairs of tokens
+            degree=2,  # attention looks at pairs of tokens
         ),
     ]
-    series = []
-    for title, unit, x, measured, degree in plan:
-        print(f"{title} ...", file=sys.stderr)
-        series.append(Series(title, unit, x, in_turns(measured, x, repeats), degree))
-    tokens_a_step = series[3]
-    tokens_a_step.x, tokens_a_step.unit = [quarter * count for count in tokens_a_step.x], "tokens"
-    return series
 
 
 class HighestPoint(TrainerCallback):
@@ -179,16 +190,22 @@ class HighestPoint(TrainerCallback):
         self.bytes.append(torch.cuda.max_memory_allocated() if on_device else resident("VmHWM"))
 
 
-def memory(preset: Preset, stage: str, steps: int) -> list[int]:
-    """For a fresh process: the highest point after each step of one run."""
+def memory(preset: Preset, stage: str) -> tuple[list[int], list[int]]:
+    """For a fresh process: tokens seen and highest point after each step of one run."""
     found = HighestPoint()
     small = replace(preset, sequences=preset.sequences // 4, tokens=preset.tokens // 2)
     with tempfile.TemporaryDirectory() as folder:
         if stage == "stage1":
-            stage1_trainer(small, [preset.hookpoint], steps, folder, [found]).train()
+            stage1_trainer(small, [preset.hookpoint], MEMORY_STEPS, folder, [found]).train()
         else:
-            stage2_trainer(small, 1, steps, folder, found).train()
-    return found.bytes
+            stage2_trainer(small, 1, MEMORY_STEPS, folder, found).train()
+    tokens = small.tokens * (small.sequences if stage == "stage1" else 1)
+    return [tokens * (step + 1) for step in range(len(found.bytes))], found.bytes
+
+
+def memory_against_tokens(name: str, stage: str) -> tuple[list[int], list[int]]:
+    print(f"{stage}: memory ...", file=sys.stderr)
+    return tuple(in_fresh_process("benchmarks", "scaling", "--preset", name, "--memory-of", stage))
 
 
 def draw(series: list[Series], memories: dict[str, tuple[list[int], list[int]]], told: str) -> None:
@@ -210,7 +227,7 @@ def draw(series: list[Series], memories: dict[str, tuple[list[int], list[int]]],
     last.legend(frameon=False)
     for ax in axes:
         ax.set_xlim(left=0)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(told, fontsize=9)
     figure.savefig(PICTURE, dpi=110)
@@ -233,7 +250,7 @@ def report(series: list[Series], memories: dict[str, tuple[list[int], list[int]]
                 f"{name}: memory against tokens of the run",
                 f"MiB after {tokens[first]:,}, {tokens[half]:,} and {tokens[-1]:,} tokens: "
                 + ", ".join(f"{found[place] / MIB:,.1f}" for place in (first, half, -1)),
-                f"second half: {(found[-1] - found[half]) / (tokens[-1] - tokens[half]):.2g} bytes a token",
+                f"second half of the run: {found[-1] / found[half] - 1:+.2%}",
                 "",
             ]
         )
@@ -243,22 +260,18 @@ def report(series: list[Series], memories: dict[str, tuple[list[int], list[int]]
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each point")
-    parser.add_argument("--memory-of", nargs=2, metavar=("STAGE", "STEPS"), help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=2, help="turns of each point")
+    parser.add_argument("--memory-of", metavar="STAGE", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
     if args.memory_of:
-        print(json.dumps(memory(preset, args.memory_of[0], int(args.memory_of[1]))))
+        print(json.dumps(memory(preset, args.memory_of)))
         return
-    series = measured_series(preset, args.repeats)
-    memories = {}
-    for name, stage, tokens in (
-        ("Stage I", "stage1", (preset.sequences // 4) * (preset.tokens // 2)),
-        ("Stage II", "stage2", preset.tokens // 2),
-    ):
-        print(f"{name}: memory ...", file=sys.stderr)
-        found = in_fresh_process("benchmarks", "scaling", "--preset", args.preset, "--memory-of", stage, "100")
-        memories[name] = ([tokens * (step + 1) for step in range(len(found))], found)
+    series = [curve.series(args.repeats) for curve in curves(preset)]
+    memories = {
+        name: memory_against_tokens(args.preset, stage)
+        for name, stage in (("Stage I", "stage1"), ("Stage II", "stage2"))
+    }
     told = f"{args.preset}: {hardware()}"
     draw(series, memories, told)
     print(f"{told}\n\n{report(series, memories)}\n\n{PICTURE}")

@@ -152,8 +152,13 @@ def compare(preset: Preset, repeats: int) -> dict[str, Any]:
                 print(error, file=sys.stderr)
         turns.taken |= {name: [] for name in others}
         held_out = turns.batches[BATCHES]
+        first = turns.batches[0].float()
         with torch.no_grad():
             before = fvu(held_out, sae(held_out.float()))
+            expected = {
+                "sparsify": fvu(first, sae(first)),
+                "sae-lens": float((first - sae(first)).square().sum(1).mean()),
+            }
         trainer.train()
     taken = {name: seconds[WARMUP:] for name, seconds in turns.taken.items()}
     with torch.no_grad():
@@ -162,6 +167,9 @@ def compare(preset: Preset, repeats: int) -> dict[str, Any]:
     return {
         "seconds": {name: statistics.median(found) for name, found in taken.items()},
         "slower": {name: ratios(taken, name, "ours") for name in others},
+        "first_loss_differs_by": {
+            name: abs(one.losses[0] / expected[name.partition(",")[0]] - 1) for name, one in others.items()
+        },
         "fvu_before": before,
         "fvu_after": after,
         "steps": WARMUP + repeats,
@@ -259,11 +267,13 @@ def report(preset: Preset, results: dict[str, Any]) -> str:
                 f"{bytes_of[name] / 2**20:,.0f}",
                 f"{found['flops'][name] / 1e9:,.1f}",
                 f"{found['flops'][name] / seconds / results['ceiling']:.0%}",
+                "" if slower is None else f"{found['first_loss_differs_by'][name]:.0e}",
                 f"{found['fvu_after'][name]:.4f}",
                 f"{tokens / seconds:,.0f}",
             ]
         )
     head = ["trainer", "ms a step", "times ours", "peak memory, MiB", "GFLOP", "share of ceiling"]
+    head += ["first loss differs by"]
     head += [f"FVU after {found['steps']} steps ({found['fvu_before']:.4f} before)", "tokens/s"]
     eight = results["together"]
     hours = STILL_TOKENS / tokens * results["one"] / 3600

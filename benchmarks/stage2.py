@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
@@ -76,6 +77,22 @@ class Turns(TrainerCallback):
             synchronize()
             self.taken[name].append(time.perf_counter() - started)
         self.started = time.perf_counter()
+
+
+class Profiled(TrainerCallback):
+    """Says where the time of the fourth step goes, the fifteen largest first."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.profiler = profile()
+            self.profiler.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            synchronize()
+            self.profiler.stop()
+            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            print(self.profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=50))
 
 
 def parts(preset: Preset) -> tuple[PeftModel, TopKSAE]:
@@ -207,11 +224,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--profile", action="store_true", help="only where the time of one of our steps goes, by mode")
     parser.add_argument("--memory-of", nargs=2, metavar=("CONTESTANT", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
     if args.memory_of:
         print(json.dumps(memory(preset, *args.memory_of)))
+        return
+    if args.profile:
+        for mode in args.modes:
+            with tempfile.TemporaryDirectory() as folder:
+                print(mode, flush=True)
+                our_trainer(preset, 4, 5, folder, Profiled(), mode).train()
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {"hardware": hardware(), "preset": args.preset, "modes": {}}

@@ -127,6 +127,11 @@ MODELS: Mapping[str, _Model] = {
         config={"num_hidden_layers": 28, "rope_theta": 1_000_000.0, "max_position_embeddings": 131_072}
         | {"tie_word_embeddings": True},
     ),
+    "Qwen/Qwen2.5-7B-Instruct": _Model(
+        *("qwen2", "a09a35458c702b33eeacc393d103063234e8bc28", "apache-2.0", _QWEN, "<|im_end|>"),
+        config={"num_hidden_layers": 28, "rope_theta": 1_000_000.0, "max_position_embeddings": 32_768}
+        | {"tie_word_embeddings": False},
+    ),
     "Qwen/Qwen3-1.7B": _Model(
         *("qwen3", "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e", "apache-2.0"),
         *((*_QWEN, "<tool_call>", "</tool_call>", "<think>", "</think>"), "<|im_end|>"),

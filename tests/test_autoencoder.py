@@ -190,8 +190,9 @@ def test_splicing_a_frozen_sae_gives_the_gradient_of_the_input_in_its_own_dtype(
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradients() -> list[Tensor]:
         sae, x = make_sae(), make_x().requires_grad_()
-        step = sae_step(sae, x, torch.ones(TOKENS, dtype=torch.float64), torch.arange(LATENTS) < 60, 0.1)
+        step = sae_step(sae, x.detach(), torch.ones(TOKENS, dtype=torch.float64), torch.arange(LATENTS) < 60, 0.1)
         step.loss.backward()
+        sae(x).square().sum().backward()
         return [step.loss.detach(), x.grad, *(getattr(sae, name).grad for name in NAMES)]
 
     whole = gradients()

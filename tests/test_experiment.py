@@ -18,7 +18,7 @@ from resa_hf.experiment.report import as_plain, table, write_report
 from resa_hf.experiment.results import choose_candidates, collect, harness_check
 from resa_hf.experiment.schedule import arm_jobs, choosing_jobs, stage1_jobs, workers
 from resa_hf.experiment.settings import RunArguments, RunSettings
-from resa_hf.experiment.stages import _last_whole_checkpoint, _saes_of
+from resa_hf.experiment.stages import _saes_of
 
 ONLY = Candidate(1e-6)
 CHOSEN = {"good": ONLY, "control noise": ONLY, "other": ONLY}
@@ -273,15 +273,6 @@ def test_a_control_differs_in_nothing_else_or_is_a_random_adapter_or_cot_free_sf
     sft = Arm("s", "none", tuning={"kl_weight": 0.0, "sft_weight": 1.0})
     assert sft.is_control_of(Arm("a", "source")) and sft.is_control_of(Arm("t", "none", adapter="mine"))
     assert not sft.is_control_of(noise) and not sft.is_control_of(Arm("k", "none", "zero_adapter"))
-
-
-def test_a_torn_checkpoint_is_passed_over(tmp_path):
-    assert _last_whole_checkpoint(tmp_path / "nowhere") is None
-    for step, whole in ((9, True), (10, True), (11, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert _last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_a_job_that_fails_is_named(tmp_path):

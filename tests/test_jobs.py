@@ -121,6 +121,78 @@ def test_the_owners_settings_decide_unless_private_is_asked_for(job, monkeypatch
     assert asked == [True, True, None, None]
 
 
+@pytest.mark.long
+def test_a_recipe_of_one_stage_publishes_its_saes(job, hub, tmp_path):
+    recipe = tmp_path / "sae" / "mine.yaml"
+    recipe.parent.mkdir()
+    content = yaml.safe_load((tmp_path / "run" / "mine.yaml").read_text())
+    kept = {key: content[key] for key in ("model_name_or_path", "dtype", "dataset", "limit", "held_out", "template")}
+    recipe.write_text(f"# Hardware and cost.\n\n{yaml.safe_dump({**kept, **content['stage1'], 'report_to': 'none'})}")
+    place = ["--output_dir", str(tmp_path / "volume"), "--sae_repo_id", "me/saes"]
+    assert runpy.run_path(str(SCRIPT))["main"](["--recipe", str(recipe), *place]) == 0
+    assert any(path.endswith("layers.2/sae_weights.safetensors") for path in hub.files("me/saes"))
+    assert ("model", "me/adapter") not in hub.repos
+
+
+@pytest.mark.parametrize(("kind", "command"), [("sae", "train-sae"), ("tune", "tune"), ("rl", "train-rl")])
+def test_a_stage_has_a_process_on_each_gpu(kind, command, monkeypatch, tmp_path):
+    recipe = tmp_path / kind / "mine.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("# Hardware and cost.\n")
+    launched = []
+
+    def launch(words, check):
+        launched.append(words)
+        return subprocess.CompletedProcess(words, 3)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("subprocess.run", launch)
+    monkeypatch.setattr("huggingface_hub.create_repo", lambda *_, **__: None)
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main(["--recipe", str(recipe), "--output_dir", "out", "--repo_id", "me/it", "--seed", "5"]) == 3
+    (words,) = launched
+    config = words[words.index("--config_file") + 1]
+    assert yaml.safe_load(Path(config).read_text())["distributed_type"] == "MULTI_GPU"
+    assert words[:2] == ["accelerate", "launch"] and words[words.index("--num_processes") + 1] == "4"
+    told = [command, "--config", str(recipe), "--output_dir", "out", "--seed", "5"]
+    assert words[words.index("resa_hf.cli") :] == ["resa_hf.cli", *told]
+
+
+def test_a_job_without_a_repository_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT))["main"](["--recipe", "x", "--output_dir", str(tmp_path)])
+    assert "name a repository" in capsys.readouterr().err
+
+
+def test_under_slurm_each_machine_starts_its_processes(tmp_path):
+    stand_ins = {
+        "scontrol": "echo one; echo two",
+        "srun": 'shift; for id in 0 1; do SLURM_NODEID=$id "$@"; done',
+        "accelerate": 'printf "%s|" "$@"; echo',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    done = subprocess.run(
+        ["bash", str(SCRIPT.with_name("train.sbatch")), "tune", "--config", "my recipe.yaml"],
+        cwd=ROOT,
+        env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    lines = [line.split("|")[:-1] for line in done.stdout.splitlines()]
+    assert [words[words.index("--machine_rank") + 1] for words in lines] == ["0", "1"]
+    for words in lines:
+        flags = dict(zip(words[1:-5:2], words[2:-5:2], strict=True))
+        assert flags["--num_processes"] == "16" and flags["--num_machines"] == "2"
+        assert flags["--main_process_ip"] == "one" and flags["--main_process_port"] == "20007"
+        assert (ROOT / flags["--config_file"]).is_file()
+        assert words[-5:] == ["-m", "resa_hf.cli", "tune", "--config", "my recipe.yaml"]
+
+
 def test_a_run_that_fails_publishes_nothing(job, hub):
     main = runpy.run_path(str(SCRIPT))["main"]
     assert main([*job, "--held_out", "5000"]) == 2

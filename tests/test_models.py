@@ -59,6 +59,12 @@ def test_what_is_not_there_is_named(tmp_path):
         load_tokenizer("nobody/nothing")
 
 
+def test_without_bitsandbytes_4_bits_say_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("resa_hf.quantization.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"load_in_4bit needs bitsandbytes: pip install 'resa-hf\[quant\]'"):
+        load_causal_lm("resa_hf/tiny/base", load_in_4bit=True)
+
+
 def test_pickled_weights_are_not_read(folders):
     base, _, _ = folders
     (base / "model.safetensors").unlink()

@@ -60,6 +60,7 @@ def test_checkpoints_hold_saes_and_no_pickled_weights(model: nn.Module, tmp_path
     files = ("cfg.json", "sae_weights.safetensors")
     expected = {f"{hookpoint}/{file}" for hookpoint in HOOKPOINTS[:2] for file in files}
     states = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "sae_progress.safetensors"}
+    states |= {"files.json"}
     assert names == expected | states
 
 

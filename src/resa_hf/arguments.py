@@ -31,12 +31,16 @@ class ModelArguments:
             Its revision.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Of the models' weights: `"auto"` (as stored), `"float32"`, `"bfloat16"`, `"float16"`.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Hold the linear layers of every model in 4 bits (NF4); embeddings, norms and LM heads stay in `dtype`.
+            Needs the extra `quant`. No adapter can then be merged first.
     """
 
     model_name_or_path: str = field(default="", metadata={"help": "Hub repo or folder of the model."})
     model_adapter: str | None = field(default=None, metadata={"help": "LoRA adapter of the model, merged first."})
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the model."})
     dtype: str = field(default="auto", metadata={"help": "Weights: auto, float32, bfloat16 or float16."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the models' linear layers in 4 bits (NF4)."})
 
     def __post_init__(self) -> None:
         unset_none(self, "model_adapter", "model_revision")
@@ -45,6 +49,11 @@ class ModelArguments:
         valid = ("auto", "float32", "bfloat16", "float16")
         if self.dtype not in valid:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(valid)}.")
+        if self.load_in_4bit and self.model_adapter is not None:
+            raise ValueError(
+                f"load_in_4bit: model_adapter {self.model_adapter!r} cannot be merged into 4-bit weights, which would "
+                "round much of it away. Merge it in full precision, save the merged model and name that."
+            )
 
 
 @dataclass

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .preemption import EXIT_CODE, Preempted, preemption_handled
 
 COMMANDS = {
     "demo": "the whole way on the tiny reasoner that ships in the package: no network, no GPU",
@@ -20,6 +21,15 @@ COMMANDS = {
     "tune": "Stage II alone: train an adapter with a frozen SAE spliced in",
 }
 
+# Our commands send nothing to anybody unless a tracker is asked for. Who reads what: the file named behind it.
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub/constants.py; TRL's trainers send through it
+    "DO_NOT_TRACK": "1",  # the same file; vllm/usage/usage_lib.py, in servers started from here
+    "GRADIO_ANALYTICS_ENABLED": "False",  # gradio/analytics.py, which sends past huggingface_hub's switch
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets/load.py: a request for each dataset loaded, local files too
+    "WANDB_ERROR_REPORTING": "False",  # wandb/env.py: reports of its own crashes; sae-lens imports it
+}
+
 
 def usage() -> str:
     """The text of `resa-hf --help`."""
@@ -31,7 +41,12 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 2 for what the user can mend."""
+    """Runs a command.
+
+    Returns:
+        `int`: the exit status: 0; 2 for what the user can mend; 130 after Ctrl-C; 75 after SIGTERM, when a checkpoint
+        was written and the same command goes on from it.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(usage())
@@ -42,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"resa-hf: unknown command {args[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    # Our commands send nothing to anybody unless a tracker is asked for.
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ.setdefault(name, "1")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     module = importlib.import_module(f".commands.{args[0].replace('-', '_')}", __package__)
     try:
-        module.main(args[1:])
+        with preemption_handled():
+            module.main(args[1:])
     except (ValueError, OSError) as error:
         # Messages for people. Whoever needs the trace sets this.
         if os.environ.get("RESA_HF_TRACE"):
@@ -57,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nresa-hf {args[0]}: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
+    except Preempted:
+        print(f"\nresa-hf {args[0]}: stopped by SIGTERM; the same command goes on from here.", file=sys.stderr)
+        return EXIT_CODE
     return 0
 
 

@@ -17,6 +17,10 @@ class DataError(ValueError):
     """Question-answer rows that cannot be used."""
 
 
+class TrainingError(ValueError):
+    """Training that cannot end well, stopped; the message says why, what is kept, and what to change."""
+
+
 class JobError(ValueError):
     """A job of a run failed; the message names it. What other jobs have finished is kept."""
 

@@ -1,6 +1,8 @@
 """Loading the models of a run: by name or folder, or a base plus a LoRA adapter, which is merged."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,6 +17,8 @@ from transformers import (
 from .adapters import base_of_adapter, load_reasoning_adapter
 from .errors import IncompatibleAdapterError
 from .places import Place, parse_place
+from .quantization import keep_layout, nf4_config
+from .truncation import drop_above, truncated
 
 
 def load_causal_lm(
@@ -23,6 +27,8 @@ def load_causal_lm(
     *,
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
+    load_in_4bit: bool = False,
+    hookpoints: Sequence[int | str] | None = None,
 ) -> PreTrainedModel:
     """Loads a causal LM. A LoRA adapter, named beside it or found in its place, is merged into its base.
 
@@ -37,30 +43,67 @@ def load_causal_lm(
             Revision of `name`; folders have none.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
             Of the weights; `"auto"` as stored.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Hold the linear layers in NF4; embeddings, norms and the LM head stay in `dtype`.
+        hookpoints (sequence of `int` or `str`, *optional*):
+            Load no more than these need: no layer above the deepest and no LM head. Where an adapter is merged, and
+            for architectures that do not let themselves be cut, the whole is loaded first, and the rest then dropped.
 
     Raises:
         `OSError`: if there is no such model; the message names it.
+        `HookpointError`: if the model has no such hookpoint.
         `IncompatibleAdapterError`: for an adapter that [`~resa_hf.adapters.load_reasoning_adapter`] refuses.
+        `ValueError`: if an adapter is to be merged into 4-bit weights, or bitsandbytes is missing.
     """
     try:
         *adapters, base = _chain(_place(name, revision))
-        model = AutoModelForCausalLM.from_pretrained(
-            base.name,
-            revision=base.revision,
-            subfolder=base.subfolder or "",
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        merges = bool(adapters) or adapter is not None
+        if load_in_4bit and merges:
+            raise _not_mergeable(str(adapter or adapters[0]))
+        cut = truncated(load_skeleton(name, revision=revision), hookpoints) if hookpoints and not merges else None
+        model = _from_pretrained(base, dtype, load_in_4bit, cut)
         for upper in (*map(str, reversed(adapters)), *([] if adapter is None else [adapter])):
             model = load_reasoning_adapter(model, upper).merge_and_unload()
     except OSError as error:
         raise OSError(
             f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {error}"
         ) from error
-    if adapters or adapter is not None:
+    if hookpoints and cut is None:
+        drop_above(model, hookpoints)
+    if merges:
         # What is trained on it does not fit the base alone, and its adapter_config.json must not say so.
         model.config._name_or_path = model.name_or_path = name if adapter is None else f"{name}+{adapter}"
+    return model
+
+
+def _not_mergeable(adapter: str) -> ValueError:
+    return ValueError(
+        f"load_in_4bit with the adapter {adapter!r}: merged into 4-bit weights, much of it would be rounded away. "
+        "Merge it in full precision, save the merged model and name that, or set load_in_4bit: false."
+    )
+
+
+def _from_pretrained(
+    base: Place,
+    dtype: torch.dtype | str,
+    load_in_4bit: bool,
+    cut: tuple[type[PreTrainedModel], PreTrainedConfig] | None,
+) -> PreTrainedModel:
+    kind: Any = AutoModelForCausalLM
+    more: dict[str, Any] = {"quantization_config": nf4_config()} if load_in_4bit else {}
+    if cut is not None:
+        kind, more["config"] = cut
+    model: PreTrainedModel = kind.from_pretrained(
+        base.name,
+        revision=base.revision,
+        subfolder=base.subfolder or "",
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **more,
+    )
+    if load_in_4bit:
+        keep_layout(model)
     return model
 
 

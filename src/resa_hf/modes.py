@@ -23,8 +23,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 class AdapterSwitch:
     """
-    `PeftModel.disable_adapter` for every step: PEFT's asks each time for the state of every layer, which takes longer
-    than some models do.
+    `PeftModel.disable_adapter` for every step, for forwards without gradient: PEFT's asks each time for the state of
+    every layer, which takes longer than some models do. And it takes `requires_grad` from the adapters for a while,
+    which FSDP2 would keep for ever if it happened at its first forward, so PEFT's own flag is set here (peft 0.21 has
+    no public name for it alone).
 
     Args:
         model (`torch.nn.Module`): a model whose adapters are on.
@@ -38,9 +40,9 @@ class AdapterSwitch:
     def off(self) -> Iterator[None]:
         """Without adapters inside the block."""
         for layer in self._layers:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         try:
             yield
         finally:
             for layer in self._layers:
-                layer.enable_adapters(True)
+                layer._disable_adapters = False

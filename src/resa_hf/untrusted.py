@@ -114,8 +114,17 @@ def read_tensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as cause:
         raise error(f"{path} is corrupt or cut short ({cause}). Save or download it again.") from cause
     for name, tensor in tensors.items():
-        # What is too large for float32 would be infinite after the first conversion.
-        finite = torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor)
-        if not finite.all():
-            raise error(f"{path}: {name} has {int((~finite).sum())} entries that are NaN or infinite.")
+        if not all_finite(tensor):
+            broken = int((~torch.isfinite(_as_converted(tensor))).sum())
+            raise error(f"{path}: {name} has {broken} entries that are NaN or infinite.")
     return tensors
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; unlike `isfinite` it makes no copy of what may be a mapped file."""
+    return not tensor.numel() or all(bool(_as_converted(end).isfinite()) for end in tensor.aminmax())
+
+
+def _as_converted(tensor: Tensor) -> Tensor:
+    """What is too large for float32 would be infinite after the first conversion."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
 from ..evaluation.arguments import EvaluateArguments
@@ -18,6 +17,15 @@ from ..models import load_skeleton
 from ..rl.config import RLConfig
 from ..sae.config import SAETrainingConfig
 from ..tuning.config import SAETuningConfig
+from .memory import (
+    activations_size,
+    adapter_size,
+    cross_entropy_parts,
+    latents_of,
+    model_size,
+    stage1_parts,
+    stage2_parts,
+)
 
 GIB = 2**30
 
@@ -45,7 +53,7 @@ def describe_run(settings: RunSettings) -> str:
     resolved = json.dumps(as_plain(settings), indent=2, default=str)
     loaded = _loaded(run, run, run.source_model or run.source_adapter, run.sae)
     teacher = any({**vars(stage2), **arm.tuning}["kl_reference"] == "source" for arm in settings.arms)
-    predicted = [_stage1_memory(run, stage1)] if stage1 is not None else []
+    predicted = _stage1_memory(run, stage1) if stage1 is not None else []
     predicted.append(_stage2_memory(run, run, stage2, stage1, teacher))
     return "\n\n".join([resolved, jobs, loaded, "Predicted memory of one job:\n" + "\n".join(predicted)])
 
@@ -72,7 +80,7 @@ def describe_stage(
     """What `resa-hf train-sae` or `resa-hf tune` would do."""
     resolved = json.dumps({**vars(model), **vars(data), **settings}, indent=2, default=str)
     if isinstance(stage, SAETrainingConfig):
-        loaded, predicted = _loaded(model, data, stage.initial_sae), _stage1_memory(model, stage)
+        loaded, predicted = _loaded(model, data, stage.initial_sae), "\n".join(_stage1_memory(model, stage))
     else:
         args, lora, source = stage
         loaded = _loaded(model, data, source.source_model or source.source_adapter, args.sae)
@@ -90,10 +98,10 @@ def describe_rl(
     new = args.max_completion_length or 0
     completions, length = args.per_device_train_batch_size, args.max_prompt_length + new
     parts = {
-        "model": _size(meta, dtype),
-        "adapter": _adapter_size(meta, lora),
+        "model": model_size(meta, dtype, model.load_in_4bit),
+        "adapter": adapter_size(meta, lora, str(args.optim)),
         # Of completions as long as they may be: those of a batch, and their logits with the gradient.
-        "activations": completions * length * text.num_hidden_layers * _kept_a_token(meta, args) * dtype.itemsize,
+        "activations": activations_size(meta, dtype, lora, args, completions * length),
         "logits": 2 * completions * new * text.vocab_size * 4,
     }
     told = f"Predicted memory, if every completion is as long as it may be:\n{_line('RL', **parts)}"
@@ -116,12 +124,12 @@ def describe_evaluation(args: EvaluateArguments) -> str:
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Keys and values, if every completion reaches the limit.
     cache = 2 * text.num_hidden_layers * heads * width * args.batch_size * args.max_new_tokens * dtype.itemsize
-    model = _size(meta, dtype)
-    predicted = [_line("answers", model=model, cache=cache)]
+    size = model_size(meta, dtype, args.load_in_4bit)
+    predicted = [_line("answers", model=size, cache=cache)]
     if args.adapters or args.controls:
         # Of `check_adapter`.
-        copy = _size(meta, torch.promote_types(dtype, torch.float32))
-        predicted.append(_line("check of an adapter", model=model, float32_copy=copy))
+        copy = model_size(meta, torch.promote_types(dtype, torch.float32), args.load_in_4bit)
+        predicted.append(_line("check of an adapter", model=size, float32_copy=copy))
     return "\n\n".join([resolved, loaded, "Predicted memory, at most:\n" + "\n".join(predicted)])
 
 
@@ -131,7 +139,7 @@ def describe_features(args: FeatureArguments) -> str:
     meta, dtype = _shape(args)
     # Of 8 texts (`measure_effect`), untouched and edited.
     logits = 2 * 8 * args.max_length * meta.config.get_text_config().vocab_size * dtype.itemsize
-    predicted = _line("one SAE at a time, and", model=_size(meta, dtype), logits=logits)
+    predicted = _line("one SAE at a time, and", model=model_size(meta, dtype, args.load_in_4bit), logits=logits)
     loaded = _loaded(args, args, args.saes, args.other_model, args.other_adapter, args.other_saes)
     return "\n\n".join([resolved, loaded, f"Predicted memory:\n{predicted}"])
 
@@ -148,52 +156,24 @@ def _shape(model: ModelArguments) -> tuple[PreTrainedModel, torch.dtype]:
     return meta, stored if model.dtype == "auto" else getattr(torch, model.dtype)
 
 
-def _stage1_memory(model: ModelArguments, args: SAETrainingConfig) -> str:
+def _stage1_memory(model: ModelArguments, args: SAETrainingConfig) -> list[str]:
     meta, dtype = _shape(model)
-    width = meta.config.get_text_config().hidden_size
-    latents = args.num_latents or (args.expansion_factor or 32) * width
-    # Weights, gradients and two buffers of the optimiser, all float32.
-    saes = 2 * latents * width * 4 * 4 * len(args.hookpoints)
-    tokens = args.per_device_train_batch_size * args.max_length
-    # One hookpoint's latents at a time, and some hidden states of the layer that runs.
-    activations = tokens * (latents * 4 + 16 * width * dtype.itemsize)
-    return _line("Stage I", model=_size(meta, dtype), saes=saes, activations=activations)
+    return [
+        _line("Stage I", **stage1_parts(meta, dtype, args, model.load_in_4bit)),
+        _line("Stage I, cross-entropy", **cross_entropy_parts(meta, dtype, args, model.load_in_4bit)),
+    ]
 
 
 def _stage2_memory(
     model: ModelArguments, lora: LoraArguments, args: SAETuningConfig, stage1: SAETrainingConfig | None, teacher: bool
 ) -> str:
     meta, dtype = _shape(model)
-    text = meta.config.get_text_config()
-    adapter = _adapter_size(meta, lora)
-    tokens = args.per_device_train_batch_size * (args.max_length or 2048)
-    activations = tokens * text.num_hidden_layers * _kept_a_token(meta, args) * dtype.itemsize
-    latents = (stage1.num_latents or (stage1.expansion_factor or 32) * text.hidden_size) if stage1 is not None else 0
-    size = _size(meta, dtype)
-    parts = {"source": size if teacher else 0, "sae": 2 * latents * text.hidden_size * 4}
-    line = _line("Stage II", model=size, **parts, adapter=adapter, activations=activations)
+    spliced: dict[str, Any] = {}
+    if stage1 is not None:
+        spliced = {"latents": latents_of(meta, stage1), "hookpoint": stage1.hookpoints[0]}
+    parts = stage2_parts(meta, dtype, lora, args, **spliced, teacher=teacher, in_4bit=model.load_in_4bit)
+    line = _line("Stage II", **parts)
     return line if stage1 is not None or args.sae is None else f"{line}, and the SAE's own size"
-
-
-def _kept_a_token(meta: PreTrainedModel, args: SAETuningConfig | RLConfig) -> int:
-    """Numbers that a layer keeps for the backward: about 16 widths and 3 MLP widths; with checkpointing one width."""
-    text = meta.config.get_text_config()
-    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return text.hidden_size if args.gradient_checkpointing else 16 * text.hidden_size + 3 * wide
-
-
-def _adapter_size(meta: PreTrainedModel, lora: LoraArguments) -> int:
-    """Weights, gradients and two moments, in float32."""
-    wanted = lora.lora_target_modules
-    linears = [m for n, m in meta.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and "lm_head" not in n]
-    if wanted is not None:
-        named = dict(meta.named_modules())
-        linears = [module for name, module in named.items() if name.rpartition(".")[2] in wanted]
-    return lora.lora_r * sum(sum(module.weight.shape) for module in linears) * 4 * 4
-
-
-def _size(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def _line(stage: str, **parts: float) -> str:

@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..evaluation.arguments import EvaluateArguments
     from ..evaluation.extra import eval_extra
+    from .alone import refuse_several
     from .dry_run import describe_evaluation, take_dry_run
     from .recipe import parse_flat
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         print(describe_evaluation(args))
         return
+    refuse_several("resa-hf evaluate", "several GPUs answer behind a server (--server).")
     with eval_extra():
         from ..experiment.evaluate import evaluate
         from ..experiment.evaluate_report import write_evaluation

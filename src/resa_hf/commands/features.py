@@ -15,6 +15,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..features.arguments import FeatureArguments
+    from .alone import refuse_several
     from .dry_run import describe_features, take_dry_run
     from .recipe import parse_flat
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         print(describe_features(args))
         return
+    refuse_several("resa-hf features", "it uses one GPU.")
     from ..experiment.features_report import run_features
 
     print("\n" + run_features(args))

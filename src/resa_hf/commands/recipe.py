@@ -204,6 +204,10 @@ def _checked_arm(arm: Arm, run: RunArguments, stage2: Mapping[str, Any], samplin
     if fixed:
         reason = "shares it with the others (set it in stage2)" if arm.is_trained else "is not trained"
         raise ValueError(f"{where} cannot set {', '.join(fixed)}: it {reason}.")
+    if run.load_in_4bit and arm.known in ("svd_of_source", "weight_noise"):
+        raise ValueError(
+            f"{where}: {arm.known} is made from the weights themselves, which load_in_4bit does not keep."
+        )
     if not arm.is_trained:
         return arm
     trained = {} if arm.control_source is None else {"control_sae": "trained by Stage I"}

@@ -22,9 +22,13 @@ def main(
     """Runs the command, and returns the output folder; `config` is the recipe where no flag names one."""
     from ..experiment.folder import RunFolder
     from ..experiment.pipeline import run_experiment
+    from .alone import refuse_several
     from .dry_run import describe_run, take_dry_run
     from .recipe import parse_run
 
+    refuse_several(
+        prog, "resa-hf train-sae and tune train in several, and resa-hf sweep gives each process runs of its own."
+    )
     rest, dry = take_dry_run(argv)
     settings = parse_run(rest, prog, description, config)
     if needs_arms and len(settings.arms) < 2:

@@ -1,10 +1,12 @@
 """What `train-sae` and `tune` share: the text, told before training starts, and the run of one trainer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..arguments import DataArguments
@@ -12,9 +14,10 @@ from ..evaluation.cost import Cost, current_device
 from ..evaluation.movement import movement
 from ..evaluation.tables import finite
 from ..experiment.folder import claim, write_json
+from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, tokenize, told_of
 from ..experiment.report import versions
-from ..experiment.stages import tokens_trained_on, train_from_last_checkpoint
+from ..experiment.stages import tokens_trained_on, train_from_last_checkpoint, warned_of
 from ..provenance import Revisions, data_revisions
 from ..sae.metadata import ce_recovered
 from ..sae.trainer import SAETrainer
@@ -42,7 +45,13 @@ def stage_text(
     return tokens["train"], tokens.get("held_out"), told
 
 
-def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str], revisions: Revisions) -> Path:
+def run_stage(
+    trainer: Trainer,
+    settings: dict[str, Any],
+    told: dict[str, str],
+    revisions: Revisions,
+    load_whole: Callable[[], nn.Module] | None = None,
+) -> Path:
     """Trains from the last checkpoint, evaluates if anything is held out, saves; returns the path of report.json. What
     was finished before is left as it is.
 
@@ -51,6 +60,7 @@ def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str], 
         settings (`dict`): as given.
         told (`dict`): of the data, by `stage_text`.
         revisions (`dict`): of all else that was read.
+        load_whole (callable, *optional*): of Stage I, as in `ce_recovered`.
 
     Raises:
         `DataError`: if the stage was started in this folder with other settings or data.
@@ -61,11 +71,12 @@ def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str], 
     path = output / "report.json"
     if path.is_file():
         return path  # finished before
+    note_start(output, settings, told)
     seconds = train_from_last_checkpoint(trainer)
     held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     if isinstance(trainer, SAETrainer):
-        held_out |= ce_recovered(trainer)
+        held_out |= ce_recovered(trainer, load_whole)
     tokens = tokens_trained_on(trainer, trainer.train_dataset)
     report = {
         "settings": settings,
@@ -76,11 +87,13 @@ def run_stage(trainer: Trainer, settings: dict[str, Any], told: dict[str, str], 
         "costs": {"Stage I" if isinstance(trainer, SAETrainer) else "Stage II": Cost(seconds, tokens).as_plain()},
         "held_out": held_out,
         "moved": _moved(trainer),
+        **warned_of(trainer),
         "log": trainer.state.log_history,
         "device": current_device(),
         "versions": versions(),
     }
-    write_json(path, finite(report))
+    if trainer.is_world_process_zero():
+        write_json(path, finite(report))
     return path
 
 

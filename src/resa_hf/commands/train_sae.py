@@ -8,6 +8,7 @@ checkpoint. Leaves one folder a hookpoint, which sae-lens loads, and report.json
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 
@@ -32,15 +33,20 @@ def main(argv: Sequence[str]) -> None:
     check_writable(Path(args.output_dir))
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     train, held_out, told = stage_text(data_args, tokenizer, args.max_length)
-    model = load_causal_lm(
+    load = partial(
+        load_causal_lm,
         model_args.model_name_or_path,
         model_args.model_adapter,
         revision=model_args.model_revision,
         dtype=model_args.dtype,
+        load_in_4bit=model_args.load_in_4bit,
     )
     read = base_revisions(model_args)
     metadata = sae_metadata(read, data_revisions(told)["dataset"])
-    trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer, metadata=metadata)
+    # The trainer alone holds it, and can let it go.
+    trainer = SAETrainer(
+        load(hookpoints=args.hookpoints), args, train, held_out, processing_class=tokenizer, metadata=metadata
+    )
     read |= sae_revision("initial_sae", args.initial_sae, args.initial_sae_revision)
-    report = run_stage(trainer, given, told, read)
+    report = run_stage(trainer, given, told, read, load)
     print(f"\nSAEs: {', '.join(str(report.parent / name) for name in trainer.saes)}. Report: {report}.")

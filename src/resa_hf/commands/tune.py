@@ -10,6 +10,7 @@ adapter and report.json.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,16 +43,17 @@ def main(argv: Sequence[str]) -> None:
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(name, revision=model_args.model_revision)
     source = None
+    weights: dict[str, Any] = {"dtype": model_args.dtype, "load_in_4bit": model_args.load_in_4bit}
     if args.kl_reference == "source":
         source_name = source_args.source_model or name
         check_same_vocabulary(tokenizer, load_tokenizer(source_name, revision=source_args.source_revision))
         source = load_causal_lm(
-            source_name, source_args.source_adapter, revision=source_args.source_revision, dtype=model_args.dtype
+            source_name, source_args.source_adapter, revision=source_args.source_revision, **weights
         )
     train, held_out, told = stage_text(data_args, tokenizer, args.max_length or 2048)
     # The text is packed already, so that it could be counted before training starts.
     args = dataclasses.replace(args, packing=False)
-    model = load_causal_lm(name, model_args.model_adapter, revision=model_args.model_revision, dtype=model_args.dtype)
+    model = load_causal_lm(name, model_args.model_adapter, revision=model_args.model_revision, **weights)
     trainer = SAETuningTrainer(
         model,
         args,

@@ -6,19 +6,21 @@ https://github.com/EleutherAI/lm-evaluation-harness/issues/2432, https://github.
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import IncompatibleAdapterError
 from ..hookpoints import causal_lm
+from ..quantization import compute_in, is_in_4bit
 from ..text import encode_prompt
 from .in_process import acting
-from .movement import lora_updates
+from .movement import LoraUpdate, lora_updates
 from .server import ServerEngine
 
 
@@ -42,8 +44,9 @@ def check_adapter(
     """Checks that the active LoRA adapter changes the base's logits, and gives those of the merged model.
 
     It is asked of a copy in float32 (float64 where the model is), since half precision rounds away what a small
-    adapter does: beside the model, 4 bytes a parameter, which is twice a bfloat16 model's own. The model itself is not
-    changed.
+    adapter does: beside the model, 4 bytes a parameter, which is twice a bfloat16 model's own. The copy of a 4-bit
+    model keeps its 4-bit weights, which no adapter can be merged into: there its update is added to each module's
+    output. The model itself is not changed.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -66,11 +69,20 @@ def check_adapter(
             f"Adapter {name} is all zeros: its update of every weight is 0, so it is the base. Was it saved before "
             "training, or does it belong to another base, whose tensors have other names?"
         )
-    probe = copy.deepcopy(model).to(torch.promote_types(model.dtype, torch.float32)).eval()
+    wide, in_4bit = torch.promote_types(model.dtype, torch.float32), is_in_4bit(model)
+    probe = copy.deepcopy(model).eval()
+    if in_4bit:
+        compute_in(probe, wide)
+    else:
+        probe.to(wide)
     adapted = _logits(probe, tokenizer, prompts)
     with acting(probe, False):
         base = _logits(probe, tokenizer, prompts)
-    merged = _logits(probe.merge_and_unload(), tokenizer, prompts)
+    if in_4bit:
+        with _adding_updates(probe), acting(probe, False):
+            merged = _logits(probe, tokenizer, prompts)
+    else:
+        merged = _logits(probe.merge_and_unload(), tokenizer, prompts)
     check = AdapterCheck(_largest(adapted, base), _largest(adapted, merged))
     seen = f"On {len(prompts)} prompts its logits differ from the base's by {check.change:.3g} at most"
     if not is_zero and check.change == 0:
@@ -82,6 +94,24 @@ def check_adapter(
             f"merged by {check.merge_error:.3g}; {tolerance:.3g} would be tolerated."
         )
     return check
+
+
+@contextmanager
+def _adding_updates(model: PeftModel) -> Iterator[None]:
+    """Adds scaling * B A x to the output of each base layer while the block runs, without PEFT's own code."""
+
+    def adding(update: LoraUpdate) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + update.scaling * (inputs[0] @ update.A.T) @ update.B.T
+
+        return hook
+
+    bare = model.get_base_model()
+    with ExitStack() as stack:
+        for update in list(lora_updates(model)):
+            layer = bare.get_submodule(f"{update.name}.base_layer")
+            stack.callback(layer.register_forward_hook(adding(update)).remove)
+        yield
 
 
 def check_served_adapter(

@@ -90,7 +90,13 @@ def _fixed(args: EvaluateArguments) -> dict[str, Any]:
 
 
 def _in_process(args: EvaluateArguments, folder: Path) -> list[Evaluated]:
-    base = load_causal_lm(args.model_name_or_path, args.model_adapter, revision=args.model_revision, dtype=args.dtype)
+    base = load_causal_lm(
+        args.model_name_or_path,
+        args.model_adapter,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+    )
     torch.nn.Module.to(base, runnable_device(False))
     tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
     models = [_answer(args, folder, BASE, TransformersEngine(base, tokenizer, name=BASE))]

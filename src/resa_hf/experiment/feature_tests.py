@@ -230,7 +230,8 @@ def matching_part(subject: Subject, hookpoint: str, answers: OwnAnswers) -> Part
     """
     args, sae = subject.args, subject.saes[hookpoint]()
     name = args.other_model or args.model_name_or_path
-    other = load_causal_lm(name, args.other_adapter, revision=args.other_revision, dtype=args.dtype).eval()
+    more: dict[str, Any] = {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit}
+    other = load_causal_lm(name, args.other_adapter, revision=args.other_revision, **more).eval()
     torch.nn.Module.to(other, subject.model.device)
     skipped, rows = excluded(sae), answers.rows
     two = read_on_two(subject.model, other, hookpoint, sae, rows, excluded_token_ids=skipped, seed=args.seed)

@@ -102,7 +102,11 @@ def load_subject(args: FeatureArguments) -> Subject:
     rows, data = load_rows(args)
     held_out = hold_out(rows, args.held_out, args.split_seed)[1]
     model = load_causal_lm(
-        args.model_name_or_path, args.model_adapter, revision=args.model_revision, dtype=args.dtype
+        args.model_name_or_path,
+        args.model_adapter,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
     ).eval()
     model.requires_grad_(False)  # so that attribution keeps no activations below the hookpoint
     torch.nn.Module.to(model, runnable_device())

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .folder import RunFolder, claim
+from .manifest import note_start
 from .overlap import training_overlap
 from .plan import plan, test_sizes
 from .prepare import describe, prepare
@@ -25,6 +26,7 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
     """
     claim(folder.root, as_plain(settings), free=free_sections(folder))
     data = prepare_run(folder, settings)
+    note_start(folder.root, as_plain(settings), data)
     print(describe(data), flush=True)
     planned = plan(test_sizes(settings), len(settings.run.seeds))
     print(planned["text"], flush=True)

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..errors import JobError
+from ..preemption import check_preemption, handle_preemption, preempting_workers
 from .arms import BASE, Arm, Candidate
 from .folder import RunFolder
 from .settings import RunSettings
@@ -49,11 +50,12 @@ class Job:
         return f"{what}, seed {self.seed}" + (f", lr {self.candidates[0].rate:g} (choosing)" if self.choosing else "")
 
     def run(self, folder: RunFolder, settings: RunSettings) -> None:
-        """Does the work, unless its files are there."""
+        """Does the work, unless its files are there, or SIGTERM has come before."""
         from .answering import run_arm
         from .sampled_text import sample_text
         from .stages import train_saes
 
+        check_preemption()
         if self.source is not None:
             train_saes(folder, settings, self.source, self.seed)
         elif self.text is not None:
@@ -114,7 +116,8 @@ def workers(folder: RunFolder, settings: RunSettings) -> Iterator[Callable[[Sequ
     # spawn: a forked child would inherit torch's thread pools in an undefined state.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (threads,))
     try:
-        yield lambda jobs, title: _run_in(pool, jobs, title, folder, quiet)
+        with preempting_workers():
+            yield lambda jobs, title: _run_in(pool, jobs, title, folder, quiet)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -153,6 +156,7 @@ def start_worker(threads: int) -> None:
     import datasets
     import torch
 
+    handle_preemption()
     torch.set_num_threads(threads)
     datasets.disable_progress_bars()
     warnings.simplefilter("ignore", FutureWarning)

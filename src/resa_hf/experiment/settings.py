@@ -96,6 +96,11 @@ class RunArguments(ModelArguments, SourceArguments, LoraArguments, DataArguments
         for parent in (ModelArguments, SourceArguments, LoraArguments, DataArguments):
             parent.__post_init__(self)
         unset_none(self, "sae", "sae_id", "trigger_dataset", "evaluate_on", "evaluate_on_revision", "rl_arm")
+        if self.load_in_4bit and self.source_adapter is not None:
+            raise ValueError(
+                f"load_in_4bit: source_adapter {self.source_adapter!r} cannot be merged into 4-bit weights, which "
+                "would round much of it away. Merge it in full precision, save the merged model and name that."
+            )
         # YAML reads 1e-4 as text.
         if self.learning_rates is not None:
             self.learning_rates = [float(rate) for rate in self.learning_rates]

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..checkpoints import newest_whole, set_torn_aside
+from ..guards import unmoved
 from ..models import load_tokenizer
+from ..out_of_memory import memory_explained
+from ..preempted_training import saved_when_preempted
+from ..preemption import check_preemption
 from ..provenance import (
     Revision,
     Revisions,
@@ -19,6 +25,7 @@ from ..provenance import (
     sae_revision,
     source_revisions,
 )
+from ..quantization import adapter_in_float32
 from ..sae.config import SAETrainingConfig
 from ..sae.metadata import ce_recovered
 from ..sae.trainer import SAETrainer
@@ -48,24 +55,26 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
     text = "prose" if source.endswith("-prose") else "trigger" if run.trigger_dataset else "train"
     train, held_out = (datasets.load_from_disk(folder.data(name)) for name in (text, "held_out"))
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
-    model = load_sae_source(run, source, seed)
     read = base_revisions(run) if source.startswith("base") or not run.has_source else source_revisions(run, run)
     metadata = sae_metadata(read, _text_read(folder, run, text))
     if source.endswith("-random"):
         metadata["model_name"] = None  # no such model can be loaded
+    model = load_sae_source(run, source, seed, args.hookpoints)
     trainer = SAETrainer(model, args, train, held_out, processing_class=tokenizer, metadata=metadata)
+    del model  # so that the trainer alone holds it, and can let it go
     seconds = train_from_last_checkpoint(trainer)
     quality = trainer.evaluate()
     trainer.save_model(str(target))
     report = {
         "seconds": seconds,
         "tokens": tokens_trained_on(trainer, train),
-        "quality": quality | ce_recovered(trainer),
+        "quality": quality | ce_recovered(trainer, lambda: load_sae_source(run, source, seed)),
         "revisions": read | sae_revision("initial_sae", args.initial_sae, args.initial_sae_revision),
         "log": trainer.state.log_history,
     }
     write_json(target / STAGE1, report)
     shutil.rmtree(target / "run", ignore_errors=True)  # checkpoints of what is finished
+    check_preemption()
 
 
 def _text_read(folder: RunFolder, run: RunArguments, text: str) -> Revision:
@@ -134,6 +143,7 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
     trainer.save_model(str(place / ADAPTER))
     _write_tuning(trainer, place, seconds, read, text)
     shutil.rmtree(place / "run", ignore_errors=True)  # checkpoints of what is finished
+    check_preemption()
 
 
 def _trainer(folder: RunFolder, run: RunArguments, arm: Arm, args: SAETuningConfig) -> SAETuningTrainer:
@@ -179,6 +189,7 @@ def _write_tuning(
         "tokens": tokens_trained_on(trainer, trainer.train_dataset),
         **({} if text is None else {"text": text}),
         "revisions": revisions,
+        **warned_of(trainer),
         "evaluations": [entry for entry in history if "eval_loss" in entry],
         "log": history,
     }
@@ -230,19 +241,47 @@ class _Resumable(TrainerCallback):
             write_json(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / SECONDS, self.seconds)
 
 
-def train_from_last_checkpoint(trainer: Trainer) -> float:
-    """Trains, from the last checkpoint if there is one; returns the seconds, those before it included."""
+def train_from_last_checkpoint(trainer: Trainer, every: int = 1) -> float:
+    """Trains, from the last whole checkpoint if there is one.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): of any stage.
+        every (`int`, *optional*, defaults to `1`): steps after whose multiples a checkpoint can be resumed exactly.
+
+    Returns:
+        `float`: the seconds, those before an interruption included.
+
+    Raises:
+        `Preempted`: if SIGTERM came; a checkpoint was written then.
+        `TrainingError`: if it cannot end well, or memory is full.
+    """
+    adapter_in_float32(trainer.model)  # type: ignore[arg-type]  # a module, once the trainer is made
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    checkpoint = _last_whole_checkpoint(Path(str(trainer.args.output_dir)))
+    checkpoint = _last_checkpoint(trainer)
     told = None if checkpoint is None else Path(checkpoint, SECONDS)
     clock = _Resumable(read_json(told) if told is not None and told.is_file() else 0.0)
     trainer.add_callback(clock)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with saved_when_preempted(trainer, every), memory_explained(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
     return clock.seconds
 
 
-def _last_whole_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes trainer_state.json last."""
-    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+def _last_checkpoint(trainer: Trainer) -> str | None:
+    """The newest whole checkpoint, as the first process sees it: all must take the same."""
+    output = Path(str(trainer.args.output_dir))
+    found: list[Any] = [None]
+    if trainer.is_world_process_zero():
+        set_torn_aside(output)
+        found = [str(newest) if (newest := newest_whole(output)) is not None else None]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def warned_of(trainer: Trainer) -> dict[str, list[str]]:
+    """What a report says of a training that ended, but not well: `warnings`, or nothing."""
+    warning = unmoved(trainer.model)  # type: ignore[arg-type]  # a module, once the trainer is made
+    if warning is None:
+        return {}
+    print(f"Warning: {warning}", flush=True)
+    return {"warnings": [warning]}

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..arguments import LoraArguments, SourceArguments
 from ..errors import JobError
+from ..preemption import preempting_workers
 from .arms import BASE
 from .folder import SHARED, RunFolder, check_writable, claim, read_json
 from .pipeline import prepare_run, run_experiment
@@ -254,7 +255,8 @@ def run_points(sweep: Sweep, since: float) -> dict[str, str]:
         with ProcessPoolExecutor(sweep.processes, get_context("spawn"), start_worker, (threads,)) as pool:
             works = [pool.submit(_work_quietly, sweep, since) for _ in range(sweep.processes)]
             try:
-                failed = {name: why for work in works for name, why in work.result().items()}
+                with preempting_workers():
+                    failed = {name: why for work in works for name, why in work.result().items()}
             except BrokenProcessPool as error:
                 raise JobError(f"A process of the sweep was killed: {error} Started again, it goes on.") from error
     return {point.name: failed[point.root.name] for point in sweep.points if point.root.name in failed}

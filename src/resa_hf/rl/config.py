@@ -119,10 +119,15 @@ class RLConfig(GRPOConfig):
         if self.reward_time_limit <= 0:
             raise ValueError(f"reward_time_limit is {self.reward_time_limit}; it must be above 0 seconds.")
 
+    @property
+    def steps_between_generations(self) -> int:
+        """Steps from one generation that begins with a step to the next such."""
+        batches = (self.steps_per_generation or 1) * self.num_iterations
+        return math.lcm(batches, self.gradient_accumulation_steps) // self.gradient_accumulation_steps
+
     def _check_resumable(self) -> None:
         """A checkpoint between two generations could not be resumed exactly: the completions are not in it."""
-        batches = (self.steps_per_generation or 1) * self.num_iterations
-        every = math.lcm(batches, self.gradient_accumulation_steps) // self.gradient_accumulation_steps
+        every = self.steps_between_generations
         if self.save_strategy == "steps" and every > 1 and (self.save_steps < 1 or self.save_steps % every):
             raise ValueError(
                 f"save_steps is {self.save_steps}, but completions are generated every {every} steps, and only a "

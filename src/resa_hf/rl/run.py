@@ -9,12 +9,15 @@ from trl import GRPOTrainer
 
 from ..adapters import base_of_adapter
 from ..arguments import DataArguments, LoraArguments, ModelArguments
+from ..checkpoints import WholeCheckpoints
 from ..evaluation.cost import Cost, current_device
 from ..evaluation.tables import finite, markdown
 from ..experiment.folder import check_settings, check_writable, claim, write_json, write_whole
+from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, told_of
 from ..experiment.report import versions
-from ..experiment.stages import train_from_last_checkpoint
+from ..experiment.stages import train_from_last_checkpoint, warned_of
+from ..guards import Guarded
 from ..models import load_causal_lm, load_tokenizer
 from ..places import parse_place
 from ..provenance import base_revisions, data_revisions
@@ -60,7 +63,8 @@ def train_rl(
     begun = any(output.glob("checkpoint-*")) or any(output.glob(f"{STEPS}/*"))
     # Until a step is kept, a mistake that shows when training begins is to be mended in the same folder.
     claim(output, settings, free=() if begun else ("settings",))
-    seconds = train_from_last_checkpoint(trainer)
+    note_start(output, given, told)
+    seconds = train_from_last_checkpoint(trainer, args.steps_between_generations)
     trainer.save_model()
     log = trainer.state.log_history
     report = {
@@ -72,6 +76,7 @@ def train_rl(
         "windows": windows(log),
         "steps": {step: str(output / STEPS / step) for step in map(str, args.checkpoints or [])},
         "moved": keep.moved(),
+        **warned_of(trainer),
         "log": log,
         "device": current_device(),
         "versions": versions(),
@@ -82,8 +87,8 @@ def train_rl(
     return path
 
 
-class _Trainer(GRPOTrainer):
-    """TRL's, with an order of the prompts that depends on the epoch alone."""
+class _Trainer(Guarded, WholeCheckpoints, GRPOTrainer):
+    """TRL's, guarded, with an order of the prompts that depends on the epoch alone."""
 
     def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> EpochOrder:
         return EpochOrder(super()._get_train_sampler(dataset))
@@ -101,7 +106,8 @@ def _trainer(
         raise ValueError(f"vLLM cannot load {name!r}, which is an adapter: set use_vllm: false, or merge it first.")
     try:
         rewards = make_rewards(args)
-        model = load_causal_lm(name, revision=model_args.model_revision, dtype=model_args.dtype)
+        weights: dict[str, Any] = {"dtype": model_args.dtype, "load_in_4bit": model_args.load_in_4bit}
+        model = load_causal_lm(name, revision=model_args.model_revision, **weights)
         trainer = _Trainer(
             model=model,
             reward_funcs=[*rewards],

@@ -10,6 +10,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor, nn
 
 from .sparse import SparseDecode, TopKEncode
+from .tiles import tiles
 
 
 class TopKSAE(TopKTrainingSAE):
@@ -136,6 +137,11 @@ class TopKSAE(TopKTrainingSAE):
         """Number of active latents a token."""
         return int(self.cfg.k)
 
+    @property
+    def k_aux(self) -> int:
+        """Number of dead latents in the AuxK loss, `d_in // 2` as in Gao et al., appendix B.1."""
+        return min(max(1, self.d_in // 2), self.num_latents)
+
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """
         The k largest latents of each token, in no particular order.
@@ -147,28 +153,11 @@ class TopKSAE(TopKTrainingSAE):
             `tuple[torch.Tensor, torch.Tensor]`: values (not negative, dtype of the SAE) and indices (int64), both of
             shape [..., k].
         """
-        values, indices, _, _ = self._encode(x.reshape(-1, self.d_in), None, 0)
-        return values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k)
-
-    def encode_with_dead(self, x: Tensor, dead_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """
-        Like [`~TopKSAE.encode_sparse`], and the largest dead latents too, for the AuxK loss.
-
-        Args:
-            x (`torch.Tensor`): activations, shape [tokens, d_in].
-            dead_mask (`torch.Tensor`): bool, shape [num_latents].
-
-        Returns:
-            Values and indices of the active latents, shape [tokens, k], and of the `d_in // 2` largest dead ones (the
-            number of Gao et al., appendix B.1); where fewer are dead, living ones with value zero fill up.
-        """
-        return self._encode(x, dead_mask, min(max(1, self.d_in // 2), self.num_latents))
-
-    def _encode(self, x: Tensor, dead_mask: Tensor | None, k_aux: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Autocast would choose latents by bf16 pre-activations. The SAE's own dtype decides.
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.W_enc.dtype)
-            return TopKEncode.apply(x, self.b_dec, self.W_enc.t(), self.b_enc, self.k, dead_mask, k_aux)
+            flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+            values, indices = TopKEncode.apply(flat, self.b_dec, self.W_enc.t(), self.b_enc, self.k)
+        return values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k)
 
     def decode_sparse(self, values: Tensor, indices: Tensor, *, bias: bool = True) -> Tensor:
         """
@@ -229,7 +218,8 @@ class TopKSAE(TopKTrainingSAE):
     @torch.no_grad()
     def unit_norm_decoder(self) -> None:
         """Scales each row of the decoder to norm 1, in place. A row of zeros stays."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=torch.finfo(self.W_dec.dtype).tiny))
+        for (rows,) in tiles(self.W_dec):
+            rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny))
 
     @torch.no_grad()
     def remove_parallel_decoder_gradient(self) -> None:
@@ -239,8 +229,8 @@ class TopKSAE(TopKTrainingSAE):
         Expects rows of unit norm. Without it, optimisers with a memory accumulate a part that never acts.
         """
         if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            for rows, grad in tiles(self.W_dec, self.W_dec.grad):
+                grad.addcmul_((grad * rows).sum(dim=1, keepdim=True), rows, value=-1)
 
 
 class SAELensSAE(nn.Module):

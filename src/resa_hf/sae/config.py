@@ -48,6 +48,10 @@ class SAETrainingConfig(TrainingArguments):
             Weight of the AuxK loss, in which dead latents reconstruct what is left over. Gao et al. use 1/32.
         dead_after_tokens (`int`, *optional*, defaults to `1_000_000`):
             A latent that has not fired for more tokens is dead. The paper's value; the released code's is 10 million.
+        spread_hookpoints (`bool`, *optional*, defaults to `False`):
+            With several processes, each trains the SAEs of its share of the hookpoints on the activations of all: the
+            same result as with all SAEs on each, with less memory, and with activations sent instead of gradients. All
+            processes must see `output_dir`.
         exclude_special_tokens (`bool`, *optional*, defaults to `False`):
             Leave out the tokenizer's special tokens. Attention sinks have norms tens of times the median.
         max_norm_ratio (`float`, *optional*):
@@ -81,6 +85,9 @@ class SAETrainingConfig(TrainingArguments):
     auxk_alpha: float = field(default=0.0, metadata={"help": "Weight of the AuxK loss."})
     dead_after_tokens: int = field(
         default=1_000_000, metadata={"help": "A latent that has not fired for more tokens is dead."}
+    )
+    spread_hookpoints: bool = field(
+        default=False, metadata={"help": "Each process trains the SAEs of its share of the hookpoints."}
     )
     exclude_special_tokens: bool = field(default=False, metadata={"help": "Leave out special tokens."})
     max_norm_ratio: float | None = field(
@@ -119,6 +126,8 @@ class SAETrainingConfig(TrainingArguments):
         self.optim = "adamw_torch"
         for name, value in runnable_precision(self.bf16, self.fp16, self.use_cpu).items():
             setattr(self, name, value)
+        if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            self.tf32 = False  # transformers would switch it on, for the SAE's float32 too
         super().__post_init__()
 
     def _check_ranges(self) -> None:
@@ -138,6 +147,11 @@ class SAETrainingConfig(TrainingArguments):
             raise ValueError(f"max_norm_ratio must be above 1 (times the median), but is {self.max_norm_ratio}.")
 
     def _check_contradictions(self) -> None:
+        if self.spread_hookpoints and self.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm ({self.max_grad_norm}) clips the gradients of all SAEs together, and with "
+                "spread_hookpoints no process has them all: set max_grad_norm: 0."
+            )
         if self.num_latents is not None and self.expansion_factor is not None:
             raise ValueError(
                 f"num_latents ({self.num_latents}) and expansion_factor ({self.expansion_factor}) both set the number "

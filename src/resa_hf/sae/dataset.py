@@ -56,13 +56,19 @@ def make_collator(pad_token_id: int) -> Callable[[Sequence[Mapping[str, Any]]], 
     """
     Batches rows: pads them on the right to the longest, and gives an `attention_mask` only if something is padded.
 
-    Without a mask, models skip the mask's check, which waits for the device.
+    Without a mask, models skip the mask's check, which waits for the device. No rows, which a process gets that none
+    are left for, become one token that does not count.
 
     Args:
         pad_token_id (`int`): what to fill up `input_ids` with; any token will do, since it is masked.
     """
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not rows:
+            return {
+                "input_ids": torch.full((1, 1), pad_token_id),
+                "attention_mask": torch.zeros(1, 1, dtype=torch.long),
+            }
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
         masks = [
             torch.as_tensor(row["attention_mask"], dtype=torch.long)

@@ -16,7 +16,23 @@ from .checkpoint import list_saes, load_sae
 from .config import SAETrainingConfig
 
 
-def initial_saes(model: nn.Module, args: SAETrainingConfig) -> dict[str, TopKSAE]:
+def resolved_hookpoints(model: nn.Module, args: SAETrainingConfig) -> list[str]:
+    """
+    The canonical hookpoints, in the order of the settings.
+
+    Raises:
+        `HookpointError`: if a hookpoint is unknown or named twice, or if there is none.
+    """
+    hookpoints = [resolve_hookpoint(model, hookpoint) for hookpoint in args.hookpoints]
+    for hookpoint in hookpoints:
+        if hookpoints.count(hookpoint) > 1:
+            raise HookpointError(f"hookpoints names {hookpoint!r} twice: {', '.join(args.hookpoints)}.")
+    if not hookpoints:
+        raise HookpointError("There is no hookpoint to train an SAE at: name one in `hookpoints`.")
+    return hookpoints
+
+
+def initial_saes(model: nn.Module, args: SAETrainingConfig, hookpoints: list[str]) -> dict[str, TopKSAE]:
     """
     One float32 SAE for each hookpoint, on the CPU.
 
@@ -25,18 +41,15 @@ def initial_saes(model: nn.Module, args: SAETrainingConfig) -> dict[str, TopKSAE
             The source model.
         args ([`SAETrainingConfig`]):
             The settings.
+        hookpoints (`list[str]`):
+            Canonical ones.
 
     Returns:
-        `dict[str, TopKSAE]`: canonical hookpoint to SAE, in the order of the settings.
+        `dict[str, TopKSAE]`: hookpoint to SAE, in that order.
 
     Raises:
-        `HookpointError`: if a hookpoint is unknown or named twice, or if there is none.
         `IncompatibleSAEError`: if the initial SAE cannot be read, is not TopK, or does not fit the activations.
     """
-    hookpoints = [resolve_hookpoint(model, hookpoint) for hookpoint in args.hookpoints]
-    for hookpoint in hookpoints:
-        if hookpoints.count(hookpoint) > 1:
-            raise HookpointError(f"hookpoints names {hookpoint!r} twice: {', '.join(args.hookpoints)}.")
     widths = _widths(model, hookpoints)
     if args.initial_sae is None:
         return {hookpoint: _from_scratch(args, hookpoint, widths[hookpoint]) for hookpoint in hookpoints}

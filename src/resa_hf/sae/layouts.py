@@ -19,7 +19,7 @@ from sae_lens.saes.sae import SAE, SAEConfig
 from torch import Tensor
 
 from ..errors import IncompatibleSAEError
-from ..untrusted import read_json_object, read_shapes, read_tensors
+from ..untrusted import all_finite, read_json_object, read_shapes, read_tensors
 from .autoencoder import SAELensSAE, TopKSAE
 
 CONFIG_FILE = "cfg.json"
@@ -228,6 +228,6 @@ def _plain_topk(
         encoder, b_enc, W_dec = encoder * norm[:, None], b_enc * norm, W_dec / norm[:, None]
     if not cfg.apply_b_dec_to_input:
         b_enc = b_enc + encoder @ b_dec
-    if not all(torch.isfinite(tensor).all() for tensor in (encoder, b_enc, W_dec)):
+    if not all(map(all_finite, (encoder, b_enc, W_dec))):
         raise IncompatibleSAEError(f"{path}: with rescaling or b_dec folded in, the weights are no longer finite.")
     return TopKSAE.from_weights(encoder, b_enc, W_dec, b_dec, k=k, hookpoint=hookpoint, metadata=metadata)

@@ -1,11 +1,13 @@
 """What is written down of an SAE that Stage I trained, so that its user need not guess."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import sae_lens
 import torch
 import transformers
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 # Rows that are looked at to tell how text begins, and held-out rows on which cross-entropy is measured.
 _ROWS = 64
-_BATCH_TOKENS = 2048  # their logits take 1.2 GB with Qwen's vocabulary
+CE_TOKENS = 2048  # their logits take 1.2 GB with Qwen's vocabulary
 
 
 def training_metadata(trainer: "SAETrainer", sae: TopKSAE) -> dict[str, Any]:
@@ -77,11 +79,18 @@ def _of_the_text(trainer: "SAETrainer") -> dict[str, Any]:
     }
 
 
-def ce_recovered(trainer: "SAETrainer") -> dict[str, float]:
+def ce_recovered(trainer: "SAETrainer", load_whole: Callable[[], nn.Module] | None = None) -> dict[str, float]:
     """
     Cross-entropy recovered ([`sae_quality`]) on the first 64 held-out rows, to stand beside what `evaluate` returns.
 
     It takes four forwards of the source model for each SAE, and is no part of `evaluate`, which takes one for all.
+
+    Args:
+        trainer ([`SAETrainer`]):
+            After training.
+        load_whole (callable, *optional*):
+            Loads the whole source model, where the trainer has it only up to the deepest hookpoint. It takes that
+            one's place.
 
     Returns:
         `dict[str, float]`: `eval_ce_recovered/H` for each hookpoint H.
@@ -89,13 +98,17 @@ def ce_recovered(trainer: "SAETrainer") -> dict[str, float]:
     rows = trainer.eval_dataset
     if not isinstance(rows, Dataset):
         return {}
+    if load_whole is not None:
+        trainer.source.model = load_whole()
+        nn.Module.to(trainer.source.model, trainer.args.device)
     rows = rows.select(range(min(len(rows), _ROWS)))
-    batch_size = max(1, _BATCH_TOKENS // trainer.args.max_length)
-    return {
-        f"eval_ce_recovered/{hookpoint}": sae_quality(
+    batch_size = max(1, CE_TOKENS // trainer.args.max_length)
+    recovered = {
+        hookpoint: sae_quality(
             *(trainer.source.model, sae, rows),
             batch_size=batch_size,
             excluded_token_ids=trainer.excluded_token_ids,
         )["ce_recovered"]
         for hookpoint, sae in trainer.saes.items()
     }
+    return {f"eval_ce_recovered/{hookpoint}": value for hookpoint, value in trainer.share.of_all(recovered).items()}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder import TopKSAE
+from .fvu import FVULoss
 
 
 class SAEStep(NamedTuple):
@@ -35,7 +36,12 @@ def count_firings(values: Tensor, indices: Tensor, weight: Tensor, num_latents: 
 
 
 def sae_step(
-    sae: TopKSAE, x: Tensor, weight: Tensor, dead_mask: Tensor | None = None, auxk_alpha: float = 0.0
+    sae: TopKSAE,
+    x: Tensor,
+    weight: Tensor,
+    dead_mask: Tensor | None = None,
+    auxk_alpha: float = 0.0,
+    processes: int = 1,
 ) -> SAEStep:
     """
     FVU of a batch, `sum ||x - x~||^2 / sum ||x - mean||^2`, and the AuxK loss of the dead latents.
@@ -46,32 +52,29 @@ def sae_step(
 
     Args:
         sae ([`TopKSAE`]): the SAE.
-        x (`torch.Tensor`): activations, shape [tokens, d_in].
+        x (`torch.Tensor`): activations, shape [tokens, d_in], any floating dtype. They get no gradient.
         weight (`torch.Tensor`): 1 for tokens that count, 0 for the others, shape [tokens], dtype of the SAE.
         dead_mask (`torch.Tensor`, *optional*): which latents are dead, bool, shape [num_latents]. Needed for AuxK.
         auxk_alpha (`float`, *optional*, defaults to `0.0`): weight of the AuxK loss.
+        processes (`int`, *optional*, defaults to `1`): how many processes call this at the same time, each with its
+            part of one batch. The mean of their losses is that of the batch, and so is the sum of their `variance`s.
     """
-    # Padding may hold NaN, which a weight of zero does not undo.
-    x = x.to(sae.W_dec.dtype).masked_fill((weight == 0).unsqueeze(-1), 0)
-    if dead_mask is not None and auxk_alpha > 0:
-        values, indices, dead_values, dead_indices = sae.encode_with_dead(x, dead_mask)
-    else:
-        values, indices = sae.encode_sparse(x)
-    error = x - sae.decode_sparse(values, indices)
-    tokens = weight.sum()
-    mean = (weight @ x) / tokens.clamp(min=1)
-    variance = weight @ (x - mean).square().sum(dim=-1)
-    # Zero for a batch without a counted token, or with only one: there is nothing to explain.
-    scale = torch.where(variance > 0, 1 / variance.clamp(min=torch.finfo(x.dtype).tiny), 0)
-    squared_error = weight @ error.square().sum(dim=-1)
-    loss = squared_error * scale
-    if dead_mask is not None and auxk_alpha > 0:
-        rest = error.detach() - sae.decode_sparse(dead_values, dead_indices, bias=False)
-        few = (dead_mask.sum() / dead_values.shape[-1]).clamp(max=1)
-        loss = loss + auxk_alpha * few * scale * (weight @ rest.square().sum(dim=-1))
-    with torch.no_grad():
-        firings = count_firings(values, indices, weight, sae.num_latents)
-    return SAEStep(loss, squared_error.detach(), variance, tokens, firings)
+    alpha = auxk_alpha if dead_mask is not None else 0.0
+    loss, squared_error, variance, tokens, values, indices = FVULoss.apply(
+        sae.W_enc,
+        sae.b_enc,
+        sae.W_dec,
+        sae.b_dec,
+        x,
+        weight,
+        sae.k,
+        dead_mask if alpha > 0 else None,
+        sae.k_aux,
+        alpha,
+        torch.is_grad_enabled(),
+        processes,
+    )
+    return SAEStep(loss, squared_error, variance, tokens, count_firings(values, indices, weight, sae.num_latents))
 
 
 class SAEBank(nn.Module):
@@ -100,6 +103,7 @@ class SAEBank(nn.Module):
         weights: dict[str, Tensor],
         dead_masks: dict[str, Tensor] | None = None,
         auxk_alpha: float = 0.0,
+        processes: int = 1,
     ) -> dict[str, SAEStep]:
         """
         [`sae_step`] of each SAE. The losses share no parameter, so each SAE trains as if it were alone.
@@ -109,11 +113,12 @@ class SAEBank(nn.Module):
             weights (`dict[str, torch.Tensor]`): hookpoint to weights, shape [tokens].
             dead_masks (`dict[str, torch.Tensor]`, *optional*): hookpoint to dead latents, shape [num_latents].
             auxk_alpha (`float`, *optional*, defaults to `0.0`): weight of the AuxK loss.
+            processes (`int`, *optional*, defaults to `1`): as in [`sae_step`].
         """
         steps = {}
         for hookpoint, sae in self.saes.items():
             dead_mask = None if dead_masks is None else dead_masks[hookpoint]
             x = activations[hookpoint]
             with torch.autocast(x.device.type, enabled=False):
-                steps[hookpoint] = sae_step(sae, x, weights[hookpoint], dead_mask, auxk_alpha)
+                steps[hookpoint] = sae_step(sae, x, weights[hookpoint], dead_mask, auxk_alpha, processes)
         return steps

@@ -6,6 +6,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .tiles import tiles
+
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
     """
@@ -53,6 +55,8 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if all(parameter.grad is None for parameter in group["params"]):
+                continue  # no step, which must not count in the average
             weight = group["lr"] ** 2
             group["weight_sum"] += weight
             share = weight / group["weight_sum"] if weight else 0.0
@@ -63,9 +67,10 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
                 if not state:
                     state["z"] = parameter.clone()
                     state["x"] = parameter.clone()
-                state["z"].add_(parameter.grad.sign(), alpha=-group["lr"])
-                state["x"].lerp_(state["z"], share)
-                parameter.copy_(state["x"]).lerp_(state["z"], 1 - group["momentum"])
+                for y, grad, z, x in tiles(parameter, parameter.grad, state["z"], state["x"]):
+                    z.add_(grad.sign(), alpha=-group["lr"])
+                    x.lerp_(z, share)
+                    torch.lerp(x, z, 1 - group["momentum"], out=y)
         return loss
 
     @torch.no_grad()
@@ -81,4 +86,4 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter in self.state:
                     state = self.state[parameter]
-                    parameter.copy_(state["x"]).lerp_(state["z"], 1 - group["momentum"])
+                    torch.lerp(state["x"], state["z"], 1 - group["momentum"], out=parameter)

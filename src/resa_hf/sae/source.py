@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,13 @@ class ActivationSource:
         self._excluded = torch.tensor(list(excluded_token_ids), dtype=torch.long, device=device)
 
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, Tensor], autocast: AbstractContextManager[None]) -> SourceBatch:
+    def __call__(self, inputs: dict[str, Any], autocast: AbstractContextManager[None]) -> SourceBatch:
         """
         The activations of a batch.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): `input_ids`, and `attention_mask` if padded, shape [batch, tokens].
+            inputs (`dict[str, Any]`): `input_ids`, and `attention_mask` if padded, shape [batch, tokens]; and
+                whatever else the model takes.
             autocast (context manager): the precision to run in.
         """
         capturing = capture(self.model, self.hookpoints, stop_after_last=True)
@@ -83,6 +84,6 @@ class ActivationSource:
     def _without_outliers(self, x: Tensor, counted: Tensor) -> Tensor:
         if self._max_norm_ratio is None:
             return counted
-        norm = x.float().norm(dim=-1)
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
         median = norm.masked_fill(counted == 0, math.nan).nanmedian()
         return counted * (norm <= self._max_norm_ratio * median)

@@ -114,9 +114,10 @@ class TrainingProgress:
         self._window.zero_()
         return window
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has to keep."""
-        kept = {f"since_fired/{hookpoint}": since.cpu() for hookpoint, since in self.since_fired.items()}
+    def tensors(self, since_fired: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What a checkpoint has to keep; `since_fired` is that of all processes, where each has some of the SAEs."""
+        every = self.since_fired if since_fired is None else since_fired
+        kept = {f"since_fired/{hookpoint}": since.cpu() for hookpoint, since in every.items()}
         return {"tokens_seen": self.tokens_seen.cpu(), **kept}
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -8,60 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
-from ..errors import IncompatibleSAEError
+from ..checkpoints import WholeCheckpoints
+from ..compiling import LayerCompiler
+from ..guards import Guarded, check_token_ids
 from ..provenance import loaded_revision, sae_revision
 from ..pushing import PushToHub
+from ..sharding import ShardedRows
 from .autoencoder import TopKSAE
-from .checkpoint import load_sae, save_sae
+from .average import DecoderNorm
+from .checkpoint import save_sae
 from .config import SAETrainingConfig
 from .dataset import make_collator, prepare_dataset
-from .initial import initial_saes
+from .initial import initial_saes, resolved_hookpoints
 from .metadata import training_metadata
 from .objective import SAEBank, SAEStep
+from .resume import ResumableSAEs
 from .signum import ScheduleFreeSignum
 from .source import ActivationSource, SourceBatch
+from .spread import HookpointShare, Unreduced
 from .totals import ReconstructionTotals, TrainingProgress
 
-PROGRESS_FILE = "sae_progress.safetensors"
 
-
-class _DecoderNorm(TrainerCallback):
-    """Keeps decoder rows at norm 1, and leaves the average of the iterates in the SAEs when training ends."""
-
-    def __init__(self, trainer: "SAETrainer") -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.use_average(False)  # the weights of a checkpoint are the average
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for sae in self._trainer.saes.values():
-            sae.remove_parallel_decoder_gradient()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for sae in self._trainer.saes.values():
-            sae.unit_norm_decoder()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not (args.load_best_model_at_end and state.best_model_checkpoint):  # then the best has just been loaded
-            self._trainer.use_average(True)
-
-
-class SAETrainer(PushToHub, Trainer):
+class SAETrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, ResumableSAEs, Trainer):
     """
     Trains one TopK SAE at each hookpoint, all in one pass over a frozen source model.
 
     Stage I of the paper [Resa](https://huggingface.co/papers/2506.09967). A [`~transformers.Trainer`] whose model is
     the SAEs; the source model only makes their input, without gradients, in evaluation mode, and up to the deepest
     hookpoint. The loss is FVU, summed over hookpoints. Each SAE ends as if it had been trained alone. Runs on one
-    process or under DDP.
+    process or under DDP; there each process has all SAEs, or its share of them (`spread_hookpoints`).
 
     Logs, for each hookpoint: `fvu/H`, `l0/H`, `dead_share/H` (latents that have not fired for `dead_after_tokens`),
     and `tokens_seen`. Evaluation, exact over the whole dataset: `eval_fvu/H`, `eval_l0/H`, `eval_dead_share/H`
@@ -115,12 +95,14 @@ class SAETrainer(PushToHub, Trainer):
         self._tokenizer = processing_class
         self.metadata = dict(metadata or {})
         self._signum: ScheduleFreeSignum | None = None
-        bank = SAEBank(initial_saes(model, args))
+        hookpoints = resolved_hookpoints(model, args)
+        self.share = HookpointShare(hookpoints, args.spread_hookpoints, args.process_index, args.world_size)
+        bank = SAEBank(initial_saes(model, args, self.share.mine))
         self.revisions = loaded_revision("base", model)
         self.revisions |= sae_revision("initial_sae", args.initial_sae, args.initial_sae_revision)
         special = processing_class.all_special_ids if processing_class is not None else []
         self.excluded_token_ids = special if args.exclude_special_tokens else []
-        self.source = ActivationSource(model, bank.hookpoints, self.excluded_token_ids, args.max_norm_ratio)
+        self.source = ActivationSource(model, hookpoints, self.excluded_token_ids, args.max_norm_ratio)
         pad = processing_class.pad_token_id if processing_class is not None else None
         super().__init__(
             model=bank,
@@ -129,10 +111,12 @@ class SAETrainer(PushToHub, Trainer):
             train_dataset=prepare_dataset(train_dataset, processing_class, args.max_length, "train_dataset"),
             eval_dataset=prepare_dataset(eval_dataset, processing_class, args.max_length, "eval_dataset"),
             processing_class=processing_class,
-            callbacks=[_DecoderNorm(self), *(callbacks or [])],
+            callbacks=[DecoderNorm(self), *(callbacks or [])],
         )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("SAETrainer runs on one process or under DDP, not under DeepSpeed or FSDP.")
+        check_token_ids(self.train_dataset, model)
+        self._compiler = LayerCompiler(self.accelerator, [model], hookpoints)
         # FVU is a mean over the tokens of a batch, so the Trainer divides it by the number of accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.progress = TrainingProgress(self.saes)
@@ -141,8 +125,13 @@ class SAETrainer(PushToHub, Trainer):
 
     @property
     def saes(self) -> dict[str, TopKSAE]:
-        """Hookpoint to SAE."""
+        """Hookpoint to SAE; with `spread_hookpoints` those of this process."""
         return self.model.saes
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if self.share.spread and self.is_in_train:
+            return Unreduced(self.model)
+        return super()._wrap_model(model, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer would keep the columns that the SAEs' forward names.
@@ -151,15 +140,17 @@ class SAETrainer(PushToHub, Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group an SAE: the learning rate depends on its number of latents."""
         if self.optimizer is None:
+            own = {hookpoint: self.args.learning_rate_for(sae.num_latents) for hookpoint, sae in self.saes.items()}
             groups: list[dict[str, Any]] = [
-                {"params": list(sae.parameters()), "lr": self.args.learning_rate_for(sae.num_latents)}
-                for sae in self.saes.values()
+                {"params": list(self.saes[hookpoint].parameters()) if hookpoint in own else [], "lr": rate}
+                for hookpoint, rate in self.share.of_all(own).items()
             ]
             if self.args.sae_optimizer == "signum":
                 self.optimizer = self._signum = ScheduleFreeSignum(groups, lr=groups[0]["lr"])
             else:
                 betas = (self.args.adam_beta1, self.args.adam_beta2)
                 self.optimizer = torch.optim.Adam(groups, betas=betas, eps=self.args.adam_epsilon)
+            self.optimizer.register_load_state_dict_pre_hook(self.share.own_optimizer)
         return self.optimizer
 
     def use_average(self, average: bool) -> None:
@@ -200,29 +191,46 @@ class SAETrainer(PushToHub, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """FVU, and AuxK if asked for, summed over hookpoints."""
-        batch = self.source(inputs, self.accelerator.autocast())
+        batch = self.share.to_owners(self._run_source(inputs))
         if self._b_dec_pending:
             self._start_b_dec(batch)
         # Known without waiting for the device: as long as too few tokens were seen, no latent can be dead.
         self._tokens_at_most += batch.counted.numel() * self.args.world_size
-        may_be_dead = self.args.auxk_alpha > 0 and self._tokens_at_most > self.args.dead_after_tokens
+        # Other processes may have seen more than this one, so there it is not known.
+        seen_enough = self.args.world_size > 1 or self._tokens_at_most > self.args.dead_after_tokens
+        may_be_dead = self.args.auxk_alpha > 0 and seen_enough
         dead_masks = self.progress.dead_masks(self.args.dead_after_tokens) if may_be_dead else None
-        steps: dict[str, SAEStep] = model(batch.activations, batch.weights, dead_masks, self.args.auxk_alpha)
+        processes = 1 if self.share.spread else self.args.world_size
+        steps: dict[str, SAEStep] = model(
+            batch.activations, batch.weights, dead_masks, self.args.auxk_alpha, processes
+        )
         with torch.no_grad():
             self.progress.tokens_seen += self._sum(batch.counted.sum().long())
             self.progress.update(
                 {
-                    hookpoint: step._replace(firings=self._sum(step.firings), tokens=self._sum(step.tokens))
+                    hookpoint: step._replace(firings=self._add(step.firings), tokens=self._add(step.tokens))
                     for hookpoint, step in steps.items()
                 }
             )
         loss = torch.stack([step.loss for step in steps.values()]).sum()
+        if self.share.spread:  # the value of all SAEs, the gradient of these
+            loss = loss + self._sum(loss.detach()) - loss.detach()
         return (loss, steps) if return_outputs else loss
+
+    def _run_source(self, inputs: dict[str, Any]) -> SourceBatch:
+        # A cache of keys and values is filled layer by layer, and each would need a graph of its own.
+        inputs = {**inputs, "use_cache": False}
+        with self._compiler.running():
+            return self.source(inputs, self.accelerator.autocast())
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Sum over processes."""
         total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return total
+
+    def _add(self, tensor: Tensor) -> Tensor:
+        """Sum over processes of what each has seen with an SAE. Where SAEs are spread, their owner sees everything."""
+        return tensor if self.share.spread else self._sum(tensor)
 
     @torch.no_grad()
     def _start_b_dec(self, batch: SourceBatch) -> None:
@@ -230,30 +238,40 @@ class SAETrainer(PushToHub, Trainer):
         for hookpoint, sae in self.saes.items():
             weight = batch.weights[hookpoint]
             x = batch.activations[hookpoint].float().masked_fill((weight == 0).unsqueeze(-1), 0)
-            sae.b_dec.copy_(self._sum(x.sum(dim=0)) / self._sum(weight.sum()).clamp(min=1))
+            sae.b_dec.copy_(self._add(x.sum(dim=0)) / self._add(weight.sum()).clamp(min=1))
         self._b_dec_pending = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each SAE's statistics to the logs of a training step."""
         if "loss" in logs:
             window = self._sum_window().tolist()
-            for hookpoint, (squared_error, variance, active, tokens) in zip(self.saes, window, strict=True):
-                logs[f"fvu/{hookpoint}"] = squared_error / variance if variance > 0 else math.nan
-                logs[f"l0/{hookpoint}"] = active / max(tokens, 1)
-                dead = self.progress.dead_masks(self.args.dead_after_tokens)[hookpoint]
-                logs[f"dead_share/{hookpoint}"] = dead.float().mean().item()
+            dead = self.progress.dead_masks(self.args.dead_after_tokens)
+            told = {
+                hookpoint: {
+                    "fvu": squared_error / variance if variance > 0 else math.nan,
+                    "l0": active / max(tokens, 1),
+                    "dead_share": dead[hookpoint].float().mean().item(),
+                }
+                for hookpoint, (squared_error, variance, active, tokens) in zip(self.saes, window, strict=True)
+            }
+            if self.share.spread and "grad_norm" in logs:
+                square = torch.tensor(logs["grad_norm"] ** 2, device=self.args.device)
+                logs["grad_norm"] = float(self._sum(square)) ** 0.5
+            for hookpoint, values in self.share.of_all(told).items():
+                logs |= {f"{name}/{hookpoint}": value for name, value in values.items()}
             logs["tokens_seen"] = int(self.progress.tokens_seen)
         super().log(logs, start_time)
 
     def _sum_window(self) -> Tensor:
         # Firings and tokens are sums over processes already, errors and variances are not.
         window = self.progress.take_window()
-        window[:, :2] = self._sum(window[:, :2].contiguous())
+        window[:, :2] = self._add(window[:, :2].contiguous())
         return window
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """
-        Each process reads its own rows. The Trainer's loader would repeat some where they do not divide evenly.
+        Each process reads its own rows, or all where it holds only some of the SAEs. The Trainer's loader would repeat
+        some where they do not divide evenly.
 
         Raises:
             `ValueError`: if there is no dataset.
@@ -265,7 +283,8 @@ class SAETrainer(PushToHub, Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation needs an eval_dataset: give one to SAETrainer or to evaluate().")
         dataset = prepare_dataset(eval_dataset, self._tokenizer, self.args.max_length, "eval_dataset")
-        mine = range(self.args.process_index, len(dataset), self.args.world_size)
+        first, step = (0, 1) if self.share.spread else (self.args.process_index, self.args.world_size)
+        mine = range(first, len(dataset), step)
         return DataLoader(Subset(dataset, mine), batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def evaluation_loop(
@@ -280,59 +299,29 @@ class SAETrainer(PushToHub, Trainer):
         totals = {hookpoint: ReconstructionTotals(sae) for hookpoint, sae in self.saes.items()}
         with self._averaged():
             for inputs in dataloader:
-                batch = self.source(self._prepare_inputs(inputs), self.accelerator.autocast())
+                batch = self._run_source(self._prepare_inputs(inputs))
                 for hookpoint, total in totals.items():
                     total.update(batch.activations[hookpoint], batch.weights[hookpoint])
-        metrics = {}
-        for hookpoint, total in totals.items():
-            total.sums, total.shift, total.firings = map(self._sum, (total.sums, total.shift, total.firings))
-            result = total.result()
-            for name in ("fvu", "l0", "dead_share"):
-                metrics[f"{metric_key_prefix}_{name}/{hookpoint}"] = result[name]
-        metrics[f"{metric_key_prefix}_loss"] = sum(
-            metrics[f"{metric_key_prefix}_fvu/{hookpoint}"] for hookpoint in totals
-        )
-        samples = int(self._sum(torch.tensor(len(dataloader.dataset), device=self.args.device)))  # type: ignore[arg-type]
+        for total in totals.values():
+            total.sums, total.shift, total.firings = map(self._add, (total.sums, total.shift, total.firings))
+        results = self.share.of_all({hookpoint: total.result() for hookpoint, total in totals.items()})
+        metrics = {
+            f"{metric_key_prefix}_{name}/{hookpoint}": result[name]
+            for hookpoint, result in results.items()
+            for name in ("fvu", "l0", "dead_share")
+        }
+        metrics[f"{metric_key_prefix}_loss"] = sum(result["fvu"] for result in results.values())
+        samples = int(self._add(torch.tensor(len(dataloader.dataset), device=self.args.device)))  # type: ignore[arg-type]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """One folder a hookpoint, in sae-lens' layout; nothing is pickled."""
-        if not self.args.should_save:
+        if not (self.args.should_save or self.share.spread):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         with self._averaged():
             for hookpoint, sae in self.saes.items():
                 sae.metadata = training_metadata(self, sae)
                 save_sae(sae, folder / hookpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_file(self.progress.tensors(), Path(output_dir) / PROGRESS_FILE)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / PROGRESS_FILE
-        try:
-            self.progress.load(load_file(path))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise IncompatibleSAEError(
-                f"Training cannot resume: {path} is missing, corrupt or of other hookpoints ({error})."
-            ) from error
-        self._tokens_at_most = int(self.progress.tokens_seen)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for hookpoint, sae in self.saes.items():
-            saved = load_sae(resume_from_checkpoint, hookpoint)
-            if (saved.d_in, saved.num_latents, saved.k) != (sae.d_in, sae.num_latents, sae.k):
-                raise IncompatibleSAEError(
-                    f"Training cannot resume: the SAE in {Path(resume_from_checkpoint) / hookpoint} has "
-                    f"{saved.num_latents} latents and k {saved.k}, that of this run {sae.num_latents} and {sae.k}."
-                )
-            sae.load_state_dict(saved.state_dict())
-        self._b_dec_pending = False
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        if self.share.spread:
+            self.accelerator.wait_for_everyone()

@@ -83,7 +83,7 @@ class SAETuningConfig(SFTConfig):
             `"auto"`: run the layers up to the hookpoint once for teacher and student where that is exact
             (`sae_gradient`
             `"stop"`, a decoder-layer hookpoint, SAE in the student, teacher `"base"`, adapters below at zero, no
-            dropout in the model); `"never"`.
+            dropout in the model; not under FSDP2 or ZeRO-3); `"never"`.
         teacher_cache (`str`, *optional*):
             A folder. The teacher's states of the first epoch are written there and read in those that follow, and in
             other runs with the same teacher, rows and precision, instead of running it. Takes 2 or, where the prefix

@@ -6,9 +6,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..guards import check_divergence
 from ..hookpoints import decoder_layers
 from ..sae.totals import wide_dtype
 from .insertion import fvu_of
+from .sharded import whole_norm
 
 QUANTILES = (0.5, 0.9, 0.99)
 
@@ -32,18 +34,24 @@ class StepMetrics:
         """Adds one micro-batch: per-token losses in nats, each `[counted]` or empty.
 
         The KL of the first step, before the adapter has moved, is logged once more as `initial_kl`.
+
+        Raises:
+            `TrainingError`: if it is exactly zero there.
         """
+        if first_step:
+            check_divergence(divergence)
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        tokens = 0 if "blank" in inputs else tokens
         sums = [divergence.sum(), entropy.sum(), max(divergence.numel(), entropy.numel()), tokens]
         device = divergence.device
         # `full` makes a number on the device; one that is copied there is waited for.
         made = [x if isinstance(x, Tensor) else torch.full((), float(x), device=device) for x in sums]
         self._sums.append(torch.stack([x.to(wide_dtype(device)) for x in made]))
-        if first_step and divergence.numel():
-            self._initial.append(self._sums[-1][[0, 2]])
-        if divergence.numel():
-            self._quantiles.append(_quantiles(divergence))
+        if first_step:
+            kl_count = torch.full((), float(divergence.numel()), dtype=self._sums[-1].dtype, device=device)
+            self._initial.append(torch.stack([self._sums[-1][0], kl_count]))
+        self._quantiles.append(_quantiles(divergence))
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes since the last call, which must be made by every process."""
@@ -51,14 +59,17 @@ class StepMetrics:
             return {}
         kl, entropy, count, tokens = accelerator.reduce(torch.stack(self._sums).sum(0)).tolist()
         values = {"tokens": tokens}
-        if self._quantiles:
+        # Means of the micro-batches' quantiles: close to the quantiles, without keeping every token. Every process
+        # takes part in each reduction, also one whose batches had nothing to count.
+        *quantiles, measured = accelerator.reduce(torch.stack(self._quantiles).sum(0)).tolist()
+        if measured:
             values["kl"] = kl / max(count, 1)
-            # Means of the micro-batches' quantiles: close to the quantiles, without keeping every token.
-            quantiles = accelerator.reduce(torch.stack(self._quantiles).mean(0), reduction="mean").tolist()
-            values |= {f"kl_p{round(q * 100)}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+            names = [f"kl_p{round(q * 100)}" for q in QUANTILES]
+            values |= {name: value / measured for name, value in zip(names, quantiles, strict=True)}
         if self._initial:
             initial_kl, initial_count = accelerator.reduce(torch.stack(self._initial).sum(0)).tolist()
-            values["initial_kl"] = initial_kl / max(initial_count, 1)
+            if initial_count:
+                values["initial_kl"] = initial_kl / initial_count
         if entropy:
             values["cross_entropy"] = entropy / max(count, 1)
         if self.fvu_sums:
@@ -69,9 +80,13 @@ class StepMetrics:
 
 
 def _quantiles(values: torch.Tensor) -> torch.Tensor:
+    """The quantiles and a 1, or zeros if there are no values."""
+    if not values.numel():
+        return torch.zeros(len(QUANTILES) + 1, device=values.device)
     # torch.quantile refuses more than 2^24 values; a sort does not.
     ordered = values.float().sort().values
-    return torch.stack([ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in QUANTILES])
+    picked = [ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in QUANTILES]
+    return torch.stack([*picked, torch.ones_like(picked[0])])
 
 
 def gradient_norms(model: nn.Module, last_below: int) -> dict[str, torch.Tensor]:
@@ -82,4 +97,4 @@ def gradient_norms(model: nn.Module, last_below: int) -> dict[str, torch.Tensor]
     for parameter in model.parameters():
         if parameter.grad is not None:
             grads["grad_norm_below" if parameter in below else "grad_norm_above"].append(parameter.grad)
-    return {name: torch.nn.utils.get_total_norm(tensors) for name, tensors in grads.items()}
+    return {name: whole_norm(torch.nn.utils.get_total_norm(tensors)) for name, tensors in grads.items()}

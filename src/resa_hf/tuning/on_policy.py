@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 
+from ..checkpoints import WholeCheckpoints
 from ..errors import DataError
+from ..guards import Guarded
 from ..hookpoints import backbone, causal_lm
 from ..modes import evaluating
 from ..text import trl_prompt
@@ -20,7 +22,7 @@ from .loss import frozen_head
 from .mean_divergence import mean_divergence
 
 
-class OnPolicyTrainer(DistillationTrainer):
+class OnPolicyTrainer(Guarded, WholeCheckpoints, DistillationTrainer):
     """
     [`~trl.DistillationTrainer`], evaluated as [`SAETuningTrainer`] is: not on what the student writes, but by its
     divergence from the teacher on given rows of tokens. The order of the questions depends on the epoch alone

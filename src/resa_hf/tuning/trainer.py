@@ -14,14 +14,17 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
-from ..arguments import LoraArguments
+from ..checkpoints import WholeCheckpoints
 from ..compiling import LayerCompiler
+from ..guards import Guarded
 from ..hookpoints import backbone, causal_lm, layer_index, splice
 from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
 from ..provenance import loaded_revision, sae_revision
 from ..pushing import PushToHub
+from ..quantization import adapter_in_float32
+from ..sharding import ShardedRows
 from ..trl_internals import ForwardRedirection
-from .collator import HostCollator
+from .collator import HostCollator, with_blank
 from .config import SAETuningConfig
 from .controls import make_control
 from .fit import (
@@ -36,13 +39,15 @@ from .insertion import Insertion
 from .loss import LMHead, frozen_head, token_cross_entropy, token_divergence
 from .metrics import StepMetrics, gradient_norms
 from .prefix import passing_through, prefix_is_exact
+from .sharded import check_spreading, weights_are_spread, whole_head, whole_weights
+from .target import load_target, own_config
 from .teacher import Teacher
 from .teacher_cache import TeacherCache, teacher_fingerprint
 
 FITTING_BATCHES = 32  # of the training data, for a control that is fitted to the activations
 
 
-class SAETuningTrainer(PushToHub, SFTTrainer):
+class SAETuningTrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, SFTTrainer):
     """
     Trains a LoRA adapter so that the model with a frozen SAE spliced in predicts what the model without it predicts.
 
@@ -109,7 +114,8 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         args = copy.copy(args) if args is not None else SAETuningConfig(output_dir="sae-tuning")
         args.hub_strategy = HubStrategy.END  # checkpoints hold pickles
         args._n_gpu = min(args.n_gpu, 1)  # nn.DataParallel would run its replicas with the first one's loss
-        target = self._load_target(model, args)
+        with whole_weights(model):
+            target = load_target(model, args)
         if isinstance(target, PeftModel) and target.active_peft_config.is_prompt_learning:
             raise ValueError(
                 "Prompt-learning adapters are not supported: SAE-Tuning runs the backbone without the prompt."
@@ -117,53 +123,42 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         args.check_sae(sae is not None or args.sae is not None)
         args.check_control_sae(control_sae is not None or args.control_sae is not None)
         args.check_source(source_model is not None)
-        self._placed: PlacedSAE | None = place_sae(target, args, sae)
-        other = load_control_sae(target, args, self._placed, control_sae) if self._placed is not None else None
-        named = sae if isinstance(sae, str) else args.sae
-        self.revisions = loaded_revision("base", target) | sae_revision("sae", named, args.sae_revision)
-        if not isinstance(target, PeftModel):
-            # TRL writes into the config that it is given.
-            peft_config = (
-                type(peft_config)(**peft_config.to_dict())
-                if peft_config is not None
-                else LoraArguments().lora_config()
+        with whole_weights(target):
+            self._placed: PlacedSAE | None = place_sae(target, args, sae)
+            other = load_control_sae(target, args, self._placed, control_sae) if self._placed is not None else None
+            named = sae if isinstance(sae, str) else args.sae
+            self.revisions = loaded_revision("base", target) | sae_revision("sae", named, args.sae_revision)
+            if not isinstance(target, PeftModel):
+                peft_config = own_config(peft_config)
+            super().__init__(
+                model=target,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
             )
-        super().__init__(
-            model=target,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
-        self._plain_sft = self._placed is None and args.kl_weight == 0
-        self._insertion: Insertion | None = None
-        self._source: PreTrainedModel | None = None
-        self._shared: bool | None = None if args.share_prefix == "auto" else False
-        self._step_metrics = {"train": StepMetrics(), "eval": StepMetrics()}
-        self._forward_redirection = ForwardRedirection()
-        self._trained_tokens = 0
-        if not self._plain_sft:
-            self._set_up_loss(source_model, other)
+            adapter_in_float32(self.model)
+            self._plain_sft = self._placed is None and args.kl_weight == 0
+            self._insertion: Insertion | None = None
+            self._source: PreTrainedModel | None = None
+            check_spreading(args, self.accelerator)
+            self.data_collator = with_blank(self.data_collator)
+            # Layers that hand a state through, or stop half way, would leave FSDP2 and ZeRO-3 waiting for the others.
+            may_share = args.share_prefix == "auto" and not weights_are_spread(self.accelerator)
+            self._shared: bool | None = None if may_share else False
+            self._step_metrics = {"train": StepMetrics(), "eval": StepMetrics()}
+            self._forward_redirection = ForwardRedirection()
+            self._trained_tokens = 0
+            if not self._plain_sft:
+                self._set_up_loss(source_model, other)
         hookpoints = [] if self._placed is None else [self._placed.hookpoint]
         models = [model for model in (self.model, self._source) if model is not None]
         self._compiler = LayerCompiler(self.accelerator, models, hookpoints)
-
-    @staticmethod
-    def _load_target(model: str | PreTrainedModel | PeftModel, args: SAETuningConfig) -> PreTrainedModel | PeftModel:
-        if isinstance(model, str):
-            kwargs: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
-            return load_causal_lm(model, **kwargs)
-        if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
-            merged = model.merge_and_unload()
-            # What is trained on it does not fit the base alone, and its adapter_config.json must not say so.
-            merged.config._name_or_path = merged.name_or_path = f"{merged.name_or_path}+merged adapter"
-            return merged
-        return model
 
     def _set_up_loss(self, source_model: str | PreTrainedModel | None, other: nn.Module | None) -> None:
         # The loss below is always divided by `num_items_in_batch`, whatever the signature of the model's forward.
@@ -172,6 +167,7 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         self._loss_shifts_labels = True
         bare: PreTrainedModel = causal_lm(self.model)  # type: ignore[assignment]  # it is one, inside PEFT
         self._head: LMHead = frozen_head(bare)
+        self._head_layer: nn.Module = bare.get_output_embeddings()
         self._teacher_head = self._head
         if source_model is not None:
             self._source = self._load_source(source_model).requires_grad_(False).eval()
@@ -257,6 +253,7 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
         if (
             self._insertion is not None
             and self.accelerator.sync_gradients
+            and not self.is_deepspeed_enabled  # which keeps the gradients to itself
             and due % max(self.state.logging_steps, 1) == 0
         ):
             self._step_metrics["train"].gradients = gradient_norms(self.model, self._below)
@@ -304,23 +301,22 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
                 stack.enter_context(passing_through(model, self._below, taught.at_hookpoint))
             student = backbone(model)(**batch).last_hidden_state[:, :-1].flatten(0, 1)[counted]
         divergence = entropy = student.new_zeros(0)
-        if taught is not None:
-            divergence = token_divergence(
-                student,
-                taught.last[:, :-1].flatten(0, 1)[counted],
-                self._head,
-                self._teacher_head,
-                self.args.kl_beta,
-                self.args.kl_temperature,
-            )
-        if self.args.sft_weight > 0:
-            entropy = token_cross_entropy(student, self._head, labels.flatten()[counted])
+        with whole_head(self._head, self._head_layer) as head:
+            if taught is not None:
+                teacher_head = head if self._source is None else self._teacher_head
+                teacher = taught.last[:, :-1].flatten(0, 1)[counted]
+                settings = (self.args.kl_beta, self.args.kl_temperature)
+                divergence = token_divergence(student, teacher, head, teacher_head, *settings)
+            if self.args.sft_weight > 0:
+                entropy = token_cross_entropy(student, head, labels.flatten()[counted])
         return divergence, entropy
 
     def _shares_prefix(self, model: nn.Module, batch: dict[str, Any]) -> bool:
         """Whether the student may start from the teacher's state at the hookpoint; tried out in the first step."""
         if self._shared is None and self.model.training and self._insertion is not None:
-            self._shared = prefix_is_exact(model, self._insertion, self._below, batch)
+            exact = prefix_is_exact(model, self._insertion, self._below, batch)
+            agreeing = self.accelerator.reduce(torch.full((), float(exact), device=self.accelerator.device))
+            self._shared = int(agreeing) == self.accelerator.num_processes
             if not self._shared:
                 self.accelerator.print(
                     "share_prefix: not exact here (dropout, adapters not at zero, or keys shared by layers)."
@@ -343,5 +339,5 @@ class SAETuningTrainer(PushToHub, SFTTrainer):
 
 
 def _forward_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    others = ("labels", "counted", "rows")
+    others = ("labels", "counted", "rows", "blank")
     return {key: value for key, value in inputs.items() if key not in others} | {"use_cache": False}

@@ -1,0 +1,99 @@
+"""Out of memory, told in settings to change and their numbers."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from .errors import TrainingError
+
+# What torch says on the CPU, where it has no error of its own for it; and CUDA's libraries.
+_SAYINGS = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says that memory was full."""
+    cause: BaseException | None = error
+    while cause is not None:
+        full = isinstance(cause, torch.OutOfMemoryError | MemoryError)
+        if full or (isinstance(cause, RuntimeError) and any(saying in str(cause) for saying in _SAYINGS)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+@contextlib.contextmanager
+def memory_explained(trainer: Trainer) -> Iterator[None]:
+    """
+    Tells what would take less memory, where the block runs out of it.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): trains in the block.
+
+    Raises:
+        `TrainingError`: with the settings to change.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        changes = "".join(f"\n  {change}" for change in less_memory(trainer.args, _in_4bit(trainer)))
+        raise TrainingError(
+            f"Out of memory at step {trainer.state.global_step + 1}{_held(trainer.args.device)}: "
+            f"{str(error).partition('. ')[0].strip() or type(error).__name__}.\n"
+            f"What takes less, by effect:{changes}\n`--dry_run` predicts the memory of each setting. A rerun goes on "
+            "from the last checkpoint, in another --output_dir where settings differ."
+        ) from error
+
+
+def less_memory(args: TrainingArguments, in_4bit: bool) -> list[str]:
+    """
+    Settings that take less memory than these, in the order of what they cost.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): of either stage or of RL.
+        in_4bit (`bool`): whether the model is loaded in 4 bits already.
+    """
+    given: dict[str, Any] = vars(args)
+    changes = []
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if batch > 1:
+        changes.append(
+            f"per_device_train_batch_size: {batch // 2} (now {batch}) with gradient_accumulation_steps: {2 * steps} "
+            f"(now {steps}), which is the same training"
+        )
+    # Stage I keeps nothing of the source for a backward.
+    if not args.gradient_checkpointing and "hookpoints" not in given:
+        changes.append("gradient_checkpointing: true (now false), a third more time")
+    if not in_4bit:
+        changes.append("load_in_4bit: true (now false), a quarter of a bfloat16 model's size")
+    for name in ("max_length", "max_completion_length"):
+        if (length := given.get(name)) and length > 256:
+            changes.append(f"{name}: {length // 2} (now {length}), other training")
+    if (latents := given.get("num_latents")) and latents > 1024:
+        changes.append(f"num_latents: {latents // 2} (now {latents}), a smaller SAE")
+    if len(hookpoints := given.get("hookpoints") or []) > 1:
+        changes.append(f"hookpoints: one at a time (now {len(hookpoints)})")
+    return changes
+
+
+def _in_4bit(trainer: Trainer) -> bool:
+    source: Any = vars(trainer).get("source")  # Stage I's model is its SAEs
+    model: Any = trainer.model if source is None else source.model
+    return any(type(module).__name__ == "Linear4bit" for module in model.modules())
+
+
+def _held(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    _, total = torch.cuda.mem_get_info(device)
+    return f" ({torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB were in use at most, of {total / 2**30:.1f})"

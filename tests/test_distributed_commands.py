@@ -1,0 +1,111 @@
+"""The commands in two processes: each result once; and accelerate reads our configurations."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
+from distributed_runs import launch
+from safetensors.torch import load_file
+
+from resa_hf.cli import main as resa_hf
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "recipes" / "accelerate_configs"
+KINDS = {
+    "single_gpu": (DistributedType.NO, 1),
+    "multi_gpu": (DistributedType.MULTI_GPU, 8),
+    "two_nodes": (DistributedType.MULTI_GPU, 16),
+    "fsdp2": (DistributedType.FSDP, 8),
+    "deepspeed_zero2": (DistributedType.DEEPSPEED, 8),
+    "deepspeed_zero3": (DistributedType.DEEPSPEED, 8),
+}
+
+
+def test_the_readme_names_every_configuration():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == KINDS.keys()
+    text = (CONFIGS / "README.md").read_text()
+    assert all(f"| `{name}.yaml` |" in text for name in KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_accelerate_reads_it(name):
+    read = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert (read.distributed_type, read.num_processes) == KINDS[name]
+    assert read.num_machines == (2 if name == "two_nodes" else 1)
+    # accelerate leaves unknown keys of these sections alone, so they are looked up among the launcher's flags.
+    flags = {action.dest for action in launch_command_parser()._actions}
+    for section, prefix in ((read.fsdp_config, ""), (read.deepspeed_config, "")):
+        assert {prefix + key for key in section} <= flags | {"deepspeed_multinode_launcher"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_unknown_key_is_an_error(name, tmp_path):
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    path = tmp_path / "more.yaml"
+    path.write_text(yaml.safe_dump({**content, "num_procceses": 2}))
+    with pytest.raises(ValueError, match="num_procceses"):
+        load_config_from_file(str(path))
+
+
+def test_what_the_trainers_need_is_set():
+    fsdp = load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config
+    assert fsdp["fsdp_version"] == 2 and not fsdp["fsdp_cpu_ram_efficient_loading"]
+    assert fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    for stage in (2, 3):
+        config = load_config_from_file(str(CONFIGS / f"deepspeed_zero{stage}.yaml")).deepspeed_config
+        assert config["zero_stage"] == stage
+
+
+@pytest.mark.parametrize("command", ["evaluate", "run", "compare", "features"])
+def test_commands_of_one_process_refuse_to_be_launched_in_several(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tiny = ROOT / "recipes/tiny-reasoner"
+    recipe = {
+        "run": ["--config", str(tiny / "run/own_data.yaml"), "--dataset", "tiny-reasoner"],
+        "compare": ["--config", str(next((tiny / "compare").glob("*.yaml")))],
+        "evaluate": ["--model_name_or_path", "resa_hf/tiny/base", "--tasks", "resa:aime24"],
+        "features": ["--config", str(next((tiny / "features").glob("*.yaml")))],
+    }[command]
+    assert resa_hf([command, *recipe, "--output_dir", str(tmp_path / "out")]) == 2
+    assert f"resa-hf {command} was launched in 2 processes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_reinforcement_in_two_processes_leaves_one_result(tmp_path):
+    recipe = ROOT / "recipes/tiny-reasoner/rl/grpo.yaml"
+    flags = "--limit 900 --per_device_train_batch_size 8 --num_generations 4 --max_steps 2 --save_steps 1"
+    flags += " --checkpoints 1"
+    out = tmp_path / "out"
+    launch(["-m", "resa_hf.cli"], ["train-rl", "--config", str(recipe), "--output_dir", str(out), *flags.split()])
+    report = json.loads((out / "report.json").read_text())
+    assert [entry["step"] for entry in report["log"] if "reward" in entry] == [1, 2]
+    assert report["steps"] == {"1": str(out / "steps" / "1")} and set(report["moved"]) == {"1"}
+    last, first = (load_file(place / "adapter_model.safetensors") for place in (out, out / "steps" / "1"))
+    assert last.keys() == first.keys() and any((last[name] != first[name]).any() for name in last)
+    # The last step's checkpoint is not kept: a run that is finished needs none.
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.long
+def test_both_stages_in_two_processes_leave_one_result_each(tmp_path):
+    data = ["--dataset", "tiny-reasoner", "--limit", "120", "--held_out", "21", "--template", "chat"]
+    model = ["--model_name_or_path", "resa_hf/tiny/base", "--dtype", "float32"]
+    common = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--max_length", "64", "--report_to", "none"]
+    common += ["--use_cpu", "--logging_steps", "1", "--save_strategy", "no"]
+    saes = tmp_path / "saes"
+    stage1 = ["--hookpoints", "layers.1", "layers.2", "--num_latents", "64", "--k", "4", "--spread_hookpoints"]
+    launch(["-m", "resa_hf.cli"], ["train-sae", *model, *data, *common, *stage1, "--output_dir", str(saes)])
+    report = json.loads((saes / "report.json").read_text())
+    assert {f"eval_{name}/layers.{n}" for n in (1, 2) for name in ("fvu", "ce_recovered")} <= report["held_out"].keys()
+    assert report["log"][0]["tokens_seen"] == 8 * 64
+    out = tmp_path / "tuned"
+    stage2 = ["--sae", str(saes), "--sae_id", "layers.2", "--learning_rate", "1e-3", "--output_dir", str(out)]
+    launch(["-m", "resa_hf.cli"], ["tune", *model, *data, *common, *stage2])
+    report = json.loads((out / "report.json").read_text())
+    assert [entry["num_tokens"] for entry in report["log"] if "loss" in entry] == [8 * 64, 16 * 64]
+    assert report["moved"]["update_norm"] > 0 and (out / "adapter_model.safetensors").is_file()

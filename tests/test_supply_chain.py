@@ -1,0 +1,140 @@
+"""What resa-hf is made of and sends: bounds, imports without a network, telemetry off, workflows."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import resa_hf
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [
+    Requirement(line)
+    for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for line in lines
+]
+# Ends the process at its first word to the network, whoever swallows exceptions on the way.
+OFFLINE = """
+import os, sys
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"):
+        os.write(2, f"network: {event} {arguments[1:]}".encode())
+        os._exit(9)
+sys.addaudithook(refuse)
+"""
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs code as a user would: without what conftest.py sets."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "", **env})
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = [line.partition("==") for line in (ROOT / name).read_text().splitlines() if "==" in line]
+    return {canonicalize_name(distribution): version for distribution, _, version in lines}
+
+
+def test_oldest_versions_are_the_lower_bounds() -> None:
+    oldest = pins("constraints-oldest.txt")
+    for requirement in REQUIREMENTS:
+        version = oldest[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version)
+        bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
+        exact = any(bound.operator == "==" for bound in requirement.specifier)
+        assert exact or bounds == [Version(version)], f"{requirement}, but {version}: make constraints-oldest"
+
+
+def test_tested_versions_are_allowed() -> None:
+    tested = pins("constraints.txt")
+    for requirement in REQUIREMENTS:
+        assert requirement.specifier.contains(tested[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_guard_sees_what_is_caught() -> None:
+    result = python(
+        OFFLINE + "import socket\ntry: socket.create_connection(('localhost', 1))\nexcept BaseException: pass"
+    )
+    assert result.returncode == 9 and "socket.getaddrinfo" in result.stderr
+
+
+@pytest.mark.slow
+def test_no_module_needs_the_network_to_be_imported() -> None:
+    # lighteval imports all its tasks, one of which downloads a file; these import it, when a benchmark is run.
+    with_lighteval = {"resa_hf.evaluation.tasks", "resa_hf.evaluation.pipeline", "resa_hf.evaluation.lighteval_model"}
+    code = (
+        "import importlib, pkgutil, resa_hf\n"
+        "names = [m.name for m in pkgutil.walk_packages(resa_hf.__path__, 'resa_hf.')]\n"
+        f"for name in names:\n    name in {with_lighteval} or importlib.import_module(name)\n"
+        "print(len(names))"
+    )
+    result = python(OFFLINE + code)
+    assert result.returncode == 0, result.stderr[-2000:]
+    files = [path for path in (ROOT / "src" / "resa_hf").rglob("*.py") if path.parent.name != "resa_hf"]
+    assert int(result.stdout.split()[-1]) >= len(files)
+
+
+@pytest.mark.slow
+def test_our_commands_switch_telemetry_off() -> None:
+    # Each library is asked itself, after a command has run.
+    code = (
+        "from resa_hf.cli import main\n"
+        "try:\n    main(['features', '--help'])\nexcept SystemExit: pass\n"
+        "import datasets.config, gradio.analytics, huggingface_hub.constants, wandb.env\n"
+        "print(huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS,\n"
+        "      gradio.analytics.analytics_enabled(), wandb.env.error_reporting_enabled())"
+    )
+    # What the user has set stays.
+    for env, gradio in (({}, "False"), ({"GRADIO_ANALYTICS_ENABLED": "True"}, "True")):
+        result = python(code, **env)
+        assert result.stdout.split()[-4:] == ["True", "False", gradio, "False"], result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_workflows_call_what_is_there(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        matrix = job.get("strategy", {}).get("matrix", {})
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]), "pinned by its commit"
+                continue
+            for command in step["run"].splitlines():
+                if not command.startswith("make "):
+                    assert os.access(ROOT / command, os.X_OK), command
+                    continue
+                commands = {command}
+                for name, values in matrix.items():
+                    place = "${{ matrix." + name + " }}"
+                    commands = {one.replace(place, value) for one in commands for value in values}
+                assert {word for one in commands for word in one.split()[1:]} <= targets, command
+
+
+def documented(value: object) -> set[str]:
+    """The names before the types in the section Args."""
+    section = (inspect.getdoc(value) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    entries = [line for line in section.splitlines() if re.match(r" {4}\w", line)]
+    return {name for line in entries for name in re.findall(r"(?:^ {4}|, )(\w+)(?= \(|, \w+ \()", line)}
+
+
+@pytest.mark.parametrize("name", resa_hf.__all__)
+def test_public_docstrings_name_the_arguments(name: str) -> None:
+    value = getattr(resa_hf, name)
+    assert len(inspect.getdoc(value).split()) > 5  # type: ignore[union-attr]
+    if isinstance(value, type) and issubclass(value, ValueError):
+        return
+    taken = set(inspect.signature(value).parameters)
+    # A configuration tells what it adds to the one that it extends, and what it says of others must be there.
+    told_by_parent = set(inspect.signature(value.__mro__[1]).parameters) if name.endswith("Config") else set()
+    assert taken - told_by_parent <= documented(value) <= taken
