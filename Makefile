@@ -108,7 +108,7 @@ sbom: install $(STAMP_TOOLS)  ## what is installed in $(VENV), as CycloneDX, int
 		--output-file dist/sbom.json $(BIN)/python
 
 audit: $(STAMP_TOOLS)  ## known vulnerabilities of the versions in constraints.txt; needs the network
-	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(TOOLS)/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 bench: install  ## speed and memory, each against a baseline in the same run
 	$(BIN)/python -m benchmarks stage1

@@ -67,7 +67,9 @@ def test_dtype_and_overwriting(tmp_path: Path) -> None:
     save_sae(make_sae(seed=0), tmp_path)
     narrow = load_sae(tmp_path, dtype=torch.bfloat16)
     assert next(narrow.parameters()).dtype == torch.bfloat16
-    torch.testing.assert_close(narrow(make_x()), make_sae(seed=0)(make_x()), rtol=0.1, atol=0.1)
+    difference = (narrow(make_x()) - make_sae(seed=0)(make_x())).abs().amax(-1)
+    # Of two latents that are nearly as large, rounding may choose the other one.
+    assert difference.median() < 0.02 and (difference > 0.1).sum() <= difference.numel() // 10
     save_sae(narrow, tmp_path)
     assert load_file(tmp_path / "sae_weights.safetensors")["W_dec"].dtype == torch.bfloat16
     assert sae_lens.SAE.load_from_disk(tmp_path).W_dec.dtype == torch.bfloat16

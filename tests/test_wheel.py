@@ -1,10 +1,12 @@
-"""Wheel and sdist as a user gets them: in an empty environment, away from the repository, offline."""
+"""Wheel and sdist as a user gets them: in an empty environment, away from the repository, without a network."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -103,3 +105,14 @@ def test_types_reach_the_user(installed: Path, away: dict[str, str], tmp_path: P
     errors = [line for line in result.stdout.splitlines() if ": error:" in line]
     assert "py.typed" not in result.stdout
     assert {line.split(":")[1] for line in errors} == {"5", "6"}, result.stdout
+
+
+def test_sbom_names_every_dependency() -> None:
+    subprocess.run(["make", "sbom"], cwd=ROOT, check=True, capture_output=True)
+    bill = json.loads((ROOT / "dist" / "sbom.json").read_text())
+    assert bill["bomFormat"] == "CycloneDX" and bill["metadata"]["component"]["name"] == "resa-hf"
+    named = {component["name"].lower().replace("_", "-") for component in bill["components"]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [project["optional-dependencies"][name] for name in ("dev", "eval", "space", "quant")]
+    wanted = [re.match(r"[\w-]+", line)[0] for lines in (project["dependencies"], *extras) for line in lines]  # type: ignore[index]
+    assert {name.lower().replace("_", "-") for name in wanted} <= named

@@ -76,6 +76,8 @@ class SAETuningTrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, SFTTra
             [`resa_hf.load_sae`] returns it. It is frozen. If `args.control_sae` is set too, they must agree.
         peft_config ([`~peft.PeftConfig`], *optional*):
             `None` on a bare model means the released code's LoRA ([`LoraArguments`]).
+        data_collator, callbacks, optimizers, formatting_func (*optional*):
+            As for [`~trl.SFTTrainer`].
 
     Raises:
         `HookpointError`, `IncompatibleSAEError`: if the SAE does not fit the model or the hookpoint.
