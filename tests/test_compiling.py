@@ -32,6 +32,10 @@ CHECKPOINTING = {
     "non-reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
+# The one that most can go wrong with is in CI, the others in `make test-all`.
+EACH = pytest.mark.parametrize(
+    "checkpointing", [pytest.param(n, marks=[] if n == "reentrant" else pytest.mark.long) for n in CHECKPOINTING]
+)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor on CPU needs g++, which is not here")
 
 
@@ -74,7 +78,7 @@ def assert_close(ours, plain, bound):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@EACH
 @pytest.mark.parametrize("hookpoint", ["layers.1", "layers.1.mlp"])
 @pytest.mark.parametrize("gradient", ["flow", "stop"])
 def test_stage_two_equals_the_plain_path(tmp_path, gradient, hookpoint, checkpointing):
@@ -86,7 +90,7 @@ def test_stage_two_equals_the_plain_path(tmp_path, gradient, hookpoint, checkpoi
     assert_close(ours, plain, 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [{"sae_in": "teacher"}, {"kl_reference": "adapted", "sft_weight": 0.5}, {"control": "noise"}],
@@ -116,7 +120,7 @@ def test_a_source_model_is_compiled_too(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@EACH
 def test_shared_prefix_is_still_found_exact_and_changes_nothing(tmp_path, checkpointing):
     settings = {"moved": False, "sae_gradient": "stop", **CHECKPOINTING[checkpointing], **EAGER}
     never = one_step_and_four(tmp_path, share_prefix="never", **settings)
@@ -239,7 +243,7 @@ def test_cuda_graphs_are_refused(tmp_path, settings):
         make_trainer(tiny_model(), tmp_path, sae=tiny_sae(), **settings)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_missing_compiler_is_told_before_training(tmp_path):
     code = (
         "from tuning_reference import *\n"

@@ -75,7 +75,7 @@ def test_commands_of_one_process_refuse_to_be_launched_in_several(command, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reinforcement_in_two_processes_leaves_one_result(tmp_path):
     recipe = ROOT / "recipes/tiny-reasoner/rl/grpo.yaml"
     flags = "--limit 900 --per_device_train_batch_size 8 --num_generations 4 --max_steps 2 --save_steps 1"

@@ -115,7 +115,12 @@ def test_dry_run_tells_it_of_a_run_in_4_bits(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.parametrize(
-    "flags", [("--stages", "1"), ("--stages", "2"), ("--stages", "2", "--gradient_checkpointing")]
+    "flags",
+    [
+        pytest.param(("--stages", "1"), marks=pytest.mark.long),
+        ("--stages", "2"),
+        pytest.param(("--stages", "2", "--gradient_checkpointing"), marks=pytest.mark.long),
+    ],
 )
 def test_predicted_is_near_the_measured_peak(flags):
     shape = {"hidden_size": 512, "layers": 4, "intermediate_size": 1024, "vocabulary": 16_000, "hookpoint": 1}

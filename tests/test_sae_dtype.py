@@ -89,8 +89,14 @@ print("peak", kilobytes("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
-@pytest.mark.parametrize(("layout", "dtype", "times"), [("sparsify", "auto", 1.0), ("sparsify", "bfloat16", 1.5),
-                                                        ("sae-lens", "auto", 1.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "dtype", "times"),
+    [
+        ("sparsify", "auto", 1.0),
+        pytest.param("sparsify", "bfloat16", 1.5, marks=pytest.mark.long),
+        pytest.param("sae-lens", "auto", 1.5, marks=pytest.mark.long),
+    ],
+)
 def test_a_file_is_mapped_and_not_held_twice(layout, dtype, times, tmp_path):
     """sae-lens' files hold the encoder transposed: that half is copied."""
     sae = TopKSAE(1024, 16384, 32, hookpoint="layers.1")

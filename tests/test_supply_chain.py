@@ -69,7 +69,7 @@ def test_the_guard_sees_what_is_caught() -> None:
     assert result.returncode == 9 and "socket.getaddrinfo" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_module_needs_the_network_to_be_imported() -> None:
     code = (
         "import importlib, pkgutil, resa_hf\n"
@@ -83,7 +83,7 @@ def test_no_module_needs_the_network_to_be_imported() -> None:
     assert int(result.stdout.split()[-1]) >= len(files)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_our_commands_switch_telemetry_off() -> None:
     # Each library is asked itself, after a command has run.
     code = (
@@ -141,7 +141,7 @@ def test_public_docstrings_name_the_arguments(name: str) -> None:
     assert taken - told_there <= documented(value) <= taken
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_docs_build_without_warnings(tmp_path: Path) -> None:
     modules = re.findall(r"\bresa_hf\S*", (ROOT / "Makefile").read_text().partition("-m pdoc")[2].partition("\n\n")[0])
     command = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), *modules]
