@@ -92,6 +92,7 @@ def test_a_model_that_is_the_same_with_every_seed_is_judged_over_problems():
     assert "on the method" not in reading(compare(BASE, [fixed], 0.02))
 
 
+@pytest.mark.long
 def test_fixed_models_that_are_equally_good_are_seldom_told_apart():
     # Each finds other problems hard, so that seeds, which share the problems, agree on a difference that is luck.
     rng = np.random.default_rng(0)

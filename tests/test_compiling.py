@@ -119,7 +119,7 @@ def test_a_source_model_is_compiled_too(tmp_path):
         assert type(trainer._source.model.layers[0]).__mro__[1] is type(tiny_model().model.layers[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @EACH
 def test_shared_prefix_is_still_found_exact_and_changes_nothing(tmp_path, checkpointing):
     settings = {"moved": False, "sae_gradient": "stop", **CHECKPOINTING[checkpointing], **EAGER}

@@ -81,7 +81,7 @@ def test_false_positives_and_coverage_over_problems_in_full(samples):
     assert abs(held - 0.95) < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_false_positives_whatever_the_problems():
     rates = np.zeros((len(CORRELATIONS), 4))
     rng, draws = np.random.default_rng(0), 3000

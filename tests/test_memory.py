@@ -112,14 +112,14 @@ def test_dry_run_tells_it_of_a_run_in_4_bits(tmp_path, capsys):
         assert json.loads(printed[: printed.index("\n\n")])["load_in_4bit"] == (more == "true")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(("--stages", "1"), marks=pytest.mark.long),
+        ("--stages", "1"),
         ("--stages", "2"),
-        pytest.param(("--stages", "2", "--gradient_checkpointing"), marks=pytest.mark.long),
+        ("--stages", "2", "--gradient_checkpointing"),
     ],
 )
 def test_predicted_is_near_the_measured_peak(flags):

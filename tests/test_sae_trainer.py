@@ -241,7 +241,7 @@ if args.process_index == 0:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_hold_the_same_saes_and_count_all_tokens(model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -162,7 +162,7 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(tmp_path, capfd):
     assert "**Failed:** checkpoints 5" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_that_fail_at_one_point_do_not_keep_the_base_from_the_others(tmp_path, capfd):
     (tmp_path / "bad.jsonl").write_text('{"problem": "a"}\n')
     grid = {"trigger_dataset": [str(tmp_path / "bad.jsonl"), "tiny-reasoner"]}

@@ -135,7 +135,7 @@ def test_a_small_run(tmp_path):
     assert "| 4-4" in (tmp_path / "a/report.md").read_text() and (tmp_path / "a/report.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_seed_gives_one_result_and_another_another(tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         train(tmp_path / name, "--seed", seed)
