@@ -6,6 +6,8 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from resa_hf.arguments import LoraArguments
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -51,5 +53,4 @@ PRESETS = {
 
 def lora() -> LoraConfig:
     """The paper's, without dropout, which would give each contestant other numbers."""
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return LoraConfig(r=32, lora_alpha=128, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
+    return LoraArguments(lora_dropout=0.0).lora_config()

@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from .errors import TrainingError
+from .quantization import is_in_4bit
 
 # What torch says on the CPU, where it has no error of its own for it; and CUDA's libraries.
 _SAYINGS = (
@@ -89,7 +90,7 @@ def less_memory(args: TrainingArguments, in_4bit: bool) -> list[str]:
 def _in_4bit(trainer: Trainer) -> bool:
     source: Any = vars(trainer).get("source")  # Stage I's model is its SAEs
     model: Any = trainer.model if source is None else source.model
-    return any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    return is_in_4bit(model)
 
 
 def _held(device: torch.device) -> str:

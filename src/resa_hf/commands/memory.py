@@ -12,6 +12,7 @@ from ..quantization import NF4_BYTES
 from ..rl.config import RLConfig
 from ..sae.config import SAETrainingConfig
 from ..sae.metadata import CE_TOKENS
+from ..sae.sparse import encoder_rows
 from ..truncation import depth_of
 from ..tuning.config import SAETuningConfig
 from ..tuning.loss import tile_tokens
@@ -21,8 +22,6 @@ Parts = dict[str, float]
 # float32 tensors of a tile of the loss at its peak (`resa_hf.tuning.loss`), in units of [tile, vocabulary]. Of the KL
 # with beta 0: four buffers, and the gradient once more in the head's dtype; else also log-probabilities and so on.
 _FORWARD_KL, _REVERSE_KL, _JENSEN_SHANNON, _ENTROPY = 5, 11, 13, 3
-# Pre-activations that the encoder holds at a time (`resa_hf.sae.sparse`), at least 256 tokens of them.
-_TILE, _TILE_CPU, _TILE_TOKENS = 2**26, 2**22, 256
 # Bytes of an optimiser's states for each trained number; those of paged ones may leave the device.
 _STATES = {"paged": 0.0, "8bit": 2.0, "sgd": 0.0, "adafactor": 0.0, "lion": 4.0, "rmsprop": 4.0, "adagrad": 4.0}
 
@@ -183,8 +182,7 @@ def _kept_layers(meta: PreTrainedModel, args: SAETuningConfig, hookpoint: str | 
 
 
 def _encoder_tile(latents: int, tokens: int, device: torch.device) -> int:
-    elements = _TILE_CPU if device.type == "cpu" else _TILE
-    return min(tokens, max(_TILE_TOKENS, elements // max(latents, 1))) * latents * 4
+    return encoder_rows(tokens, max(latents, 1), device) * latents * 4
 
 
 def _layer_pass(meta: PreTrainedModel, tokens: int, compute: int) -> float:

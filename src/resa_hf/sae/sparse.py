@@ -21,6 +21,12 @@ _MAX_ELEMENTS_CPU = 2**22
 _MIN_ROWS = 256
 
 
+def encoder_rows(tokens: int, num_latents: int, device: torch.device) -> int:
+    """Tokens whose pre-activations, `num_latents` each, are held at a time."""
+    elements = _MAX_ELEMENTS_CPU if device.type == "cpu" else _MAX_ELEMENTS
+    return min(max(_MIN_ROWS, elements // num_latents), tokens)
+
+
 def weighted_row_sum(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     """
     Product of a sparse matrix, given by its non-zero entries, with a dense one.
@@ -152,8 +158,7 @@ def select(
     k_aux = 0 if dead_mask is None else k_aux
     values, aux_values = centred.new_empty(tokens, k), centred.new_empty(tokens, k_aux)
     indices, aux_indices = (torch.empty_like(found, dtype=torch.long) for found in (values, aux_values))
-    elements = _MAX_ELEMENTS_CPU if centred.device.type == "cpu" else _MAX_ELEMENTS
-    chunk = min(max(_MIN_ROWS, elements // num_latents), tokens)
+    chunk = encoder_rows(tokens, num_latents, centred.device)
     # One buffer for all chunks: the system would clear the memory of each anew.
     buffer = centred.new_empty(chunk, num_latents)
     for start in range(0, tokens, chunk):

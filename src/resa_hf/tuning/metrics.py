@@ -10,7 +10,7 @@ from ..guards import check_divergence
 from ..hookpoints import decoder_layers
 from ..sae.totals import wide_dtype
 from .insertion import fvu_of
-from .sharded import whole_norm
+from .sharded import whole
 
 QUANTILES = (0.5, 0.9, 0.99)
 
@@ -97,4 +97,4 @@ def gradient_norms(model: nn.Module, last_below: int) -> dict[str, torch.Tensor]
     for parameter in model.parameters():
         if parameter.grad is not None:
             grads["grad_norm_below" if parameter in below else "grad_norm_above"].append(parameter.grad)
-    return {name: whole_norm(torch.nn.utils.get_total_norm(tensors)) for name, tensors in grads.items()}
+    return {name: whole(torch.nn.utils.get_total_norm(tensors)) for name, tensors in grads.items()}

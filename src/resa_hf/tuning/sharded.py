@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -84,13 +83,9 @@ def whole_head(head: LMHead, layer: nn.Module) -> Iterator[LMHead]:
     weight: Any = layer.weight
     bias: Any = layer.bias
     with maybe_gather_lm_head_ctx(weight, bias):
-        yield replace(head, weight=_whole(weight), bias=_whole(bias))
+        yield replace(head, weight=whole(weight), bias=whole(bias))
 
 
-def _whole(tensor: Any) -> Any:
+def whole(tensor: Any) -> Any:
+    """A tensor as one process would have it, if it is spread over processes as a DTensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_norm(norm: torch.Tensor) -> torch.Tensor:
-    """A norm of gradients `[]`, over all processes where the gradients are spread over them."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
