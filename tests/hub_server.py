@@ -46,7 +46,7 @@ class HubServer:
         requests (`list[tuple[str, str]]`):
             Method and path, unquoted and without query, of everything asked.
         bytes_sent (`int`):
-            How many bytes all bodies together had, as far as they were sent.
+            How many bytes of bodies were sent.
         pause (`float`, *optional*, defaults to `0.1`):
             Seconds between the ten parts of a slow body.
     """
@@ -262,11 +262,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = reply.body[: len(reply.body) // 2] if fault == "drop_body" else reply.body
         step = -(-len(body) // 10) if fault == "slow" else len(body)
         for start in range(0, len(body), max(step, 1)):
-            self.wfile.write(body[start : start + step])
+            part = body[start : start + step]
+            # Before the write: a client that has all it asked for may look before this thread goes on.
+            with self.server.hub.lock:
+                self.server.hub.bytes_sent += len(part)
+            self.wfile.write(part)
             if fault == "slow":
                 time.sleep(self.server.hub.pause)
-        with self.server.hub.lock:
-            self.server.hub.bytes_sent += len(body)
         if fault == "drop_body":
             self._drop()
 
