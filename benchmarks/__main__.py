@@ -10,6 +10,7 @@ NAMES = {
     "import": "seconds of `import resa_hf` and of `resa-hf --help`",
     "memory": "predicted and measured peak of both stages",
     "scaling": "cost against tokens, sequence length, latents and hookpoints",
+    "soak": "memory and open files over two hours of both stages and evaluations",
 }
 MODULES = {"evaluate": "evaluation_speed", "import": "import_time"}
 

@@ -16,7 +16,7 @@ from test_text import make_tokenizer
 
 from resa_hf.data import hold_out, load_qa
 from resa_hf.errors import DataError
-from resa_hf.on_disk import BATCH, Numbering, write_arrow
+from resa_hf.on_disk import BATCH, Numbering, rows_forgotten, write_arrow
 from resa_hf.text import add_text, cot_free_text, tokenize_and_pack, tokenize_documents
 
 
@@ -135,6 +135,19 @@ def test_a_disk_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     with pytest.raises(DataError, match="Rows cannot be written to .*none: .*set TMPDIR to a larger disk"):
         write_arrow([["a"]], pa.schema([("text", pa.string())]))
+
+
+def test_rows_are_forgotten_where_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    schema = pa.schema([("text", pa.string())])
+    kept = write_arrow([["outside"]], schema)
+    with pytest.raises(KeyError), rows_forgotten():
+        first = write_arrow([["a"]], schema)
+        with rows_forgotten():
+            assert write_arrow([["b"]], schema)["text"] == ["b"]
+        assert len(list(tmp_path.iterdir())) == 2 and first["text"] == ["a"]
+        raise KeyError
+    assert len(list(tmp_path.iterdir())) == 1 and kept["text"] == ["outside"]
 
 
 MEASURE = """

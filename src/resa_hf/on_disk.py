@@ -1,11 +1,13 @@
 """Rows on disk instead of in memory: an Arrow file that is mapped, and a numbering of texts, however many."""
 
 import atexit
+import contextlib
 import hashlib
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +20,26 @@ from .errors import DataError
 
 BATCH = 1_000  # rows held in memory at a time; that of `datasets`
 
+_forgotten: ContextVar[list[str] | None] = ContextVar("_forgotten", default=None)
+
+
+@contextlib.contextmanager
+def rows_forgotten() -> Iterator[None]:
+    """The files of rows that the block writes go at its end; none of its datasets may be read afterwards."""
+    folders: list[str] = []
+    before = _forgotten.set(folders)
+    try:
+        yield
+    finally:
+        _forgotten.reset(before)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
 
 def write_arrow(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> datasets.Dataset:
     """Writes rows to a file and maps it: memory holds one batch of them, however many there are.
 
-    The file lies in the system's temporary folder (`TMPDIR`) and goes when the process ends.
+    The file lies in the system's temporary folder (`TMPDIR`) and goes when the process ends, or [`rows_forgotten`].
 
     Args:
         rows (`Iterable[Sequence]`):
@@ -39,7 +56,10 @@ def write_arrow(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> datasets.Da
     rows = iter(rows)
     try:
         folder = tempfile.mkdtemp(prefix="resa-hf-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        if (folders := _forgotten.get()) is not None:
+            folders.append(folder)
+        else:
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         path = str(Path(folder, "rows.arrow"))
         with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             while batch := list(islice(rows, BATCH)):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..on_disk import rows_forgotten
 from .folder import RunFolder, claim
 from .manifest import note_start
 from .overlap import training_overlap
@@ -13,6 +14,7 @@ from .schedule import arm_jobs, choosing_jobs, stage1_jobs, text_jobs, workers
 from .settings import RunSettings
 
 
+@rows_forgotten()
 def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
     """Runs what is missing in the run's folder, and writes its report.
 
@@ -55,6 +57,7 @@ def free_sections(folder: RunFolder) -> tuple[str, ...]:
     return ("stage2", "arms") if any(folder.root.glob("text/**/*.json*")) else ("stage2", "arms", "sampling")
 
 
+@rows_forgotten()
 def prepare_run(folder: RunFolder, settings: RunSettings) -> dict[str, Any]:
     """The data of a run, made unless they are there; see [`prepare`]."""
     max_length = int(settings.stage2.get("max_length", 2048))

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..errors import JobError
+from ..on_disk import rows_forgotten
 from ..preemption import check_preemption, handle_preemption, preempting_workers
 from .arms import BASE, Arm, Candidate
 from .folder import RunFolder
@@ -49,6 +50,7 @@ class Job:
         what = self.arm.name if self.arm else f"text of the {self.text}" if self.text else f"SAE of the {self.source}"
         return f"{what}, seed {self.seed}" + (f", lr {self.candidates[0].rate:g} (choosing)" if self.choosing else "")
 
+    @rows_forgotten()
     def run(self, folder: RunFolder, settings: RunSettings) -> None:
         """Does the work, unless its files are there, or SIGTERM has come before."""
         from .answering import run_arm
@@ -152,7 +154,8 @@ def naming(job: Job) -> Iterator[None]:
 
 
 def start_worker(threads: int) -> None:
-    """Settles a new process of a pool: its share of the cores, and no noise of the libraries."""
+    """Settles a new process of a pool: its share of the cores, no life without ours, and no noise of the libraries."""
+    end_with_parent()
     import datasets
     import torch
 
