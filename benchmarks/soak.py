@@ -2,9 +2,9 @@
 
     python -m benchmarks soak [--minutes 120] [--output_dir runs/soak]
 
-Every round is a whole `resa-hf run` on the tiny reasoner in a new folder, with another seed. After each, a line goes to
-soak.jsonl in the output folder; at the end, the slope over the second half of the time is printed, and the picture goes
-to soak.png there. Linux only.
+Every round is a whole `resa-hf run` on the tiny reasoner in a new folder, with another seed. After each, a line goes
+to soak.jsonl in the output folder; at the end, the slope over the second half of the time is printed, and the picture
+goes to soak.png there. Linux only.
 """
 
 import argparse

@@ -141,12 +141,11 @@ def test_rows_are_forgotten_where_it_is_said(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     schema = pa.schema([("text", pa.string())])
     kept = write_arrow([["outside"]], schema)
-    with pytest.raises(KeyError), rows_forgotten():
+    with rows_forgotten():
         first = write_arrow([["a"]], schema)
         with rows_forgotten():
             assert write_arrow([["b"]], schema)["text"] == ["b"]
         assert len(list(tmp_path.iterdir())) == 2 and first["text"] == ["a"]
-        raise KeyError
     assert len(list(tmp_path.iterdir())) == 1 and kept["text"] == ["outside"]
 
 

@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..evaluation.arguments import EvaluateArguments
     from ..evaluation.extra import eval_extra
+    from ..experiment.folder import alone_in
     from .alone import refuse_several
     from .dry_run import describe_evaluation, take_dry_run
     from .recipe import parse_flat
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     with eval_extra():
         from ..experiment.evaluate import evaluate
         from ..experiment.evaluate_report import write_evaluation
-    print("\n" + write_evaluation(args, evaluate(args)))
     folder = Path(args.output_dir)
+    with alone_in(folder):
+        print("\n" + write_evaluation(args, evaluate(args)))
     print(f"\nReport: {folder / 'report.md'}, report.json, report.png. Answers: {folder / 'models'}.")

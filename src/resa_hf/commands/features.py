@@ -10,6 +10,7 @@ interruption, it goes on where it stopped.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +27,9 @@ def main(argv: Sequence[str]) -> None:
         return
     refuse_several("resa-hf features", "it uses one GPU.")
     from ..experiment.features_report import run_features
+    from ..experiment.folder import alone_in
 
-    print("\n" + run_features(args))
     folder = args.output_dir
+    with alone_in(Path(folder)):
+        print("\n" + run_features(args))
     print(f"\nReport: {folder}/report.html, report.md, report.json. Pictures: {folder}/pictures.")

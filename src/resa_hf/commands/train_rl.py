@@ -9,6 +9,7 @@ completions; report.md, report.json and report.png. A rerun goes on from the las
 
 import warnings
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 # Of text, of models that TRL loads, and what a rerun does by itself.
 _WITHOUT_USE = {
@@ -31,6 +32,7 @@ def _refuse(given: Collection[str], pushing: Collection[str]) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..arguments import DataArguments, LoraArguments, ModelArguments
+    from ..experiment.folder import alone_in
     from ..rl.config import RLConfig
     from ..rl.run import train_rl
     from .dry_run import describe_rl, take_dry_run
@@ -45,5 +47,6 @@ def main(argv: Sequence[str]) -> None:
         return
     # TRL 1.16 asks transformers for it by its old name at every generation.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
-    report = train_rl(model_args, lora, data, args, given)
+    with alone_in(Path(str(args.output_dir))):
+        report = train_rl(model_args, lora, data, args, given)
     print(f"\nAdapter: {report.parent}. Report: {report.with_suffix('.md')}, report.json, report.png.")

@@ -15,7 +15,7 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..arguments import DataArguments, ModelArguments
-    from ..experiment.folder import check_writable
+    from ..experiment.folder import alone_in
     from ..models import load_causal_lm, load_tokenizer
     from ..provenance import base_revisions, data_revisions, sae_metadata, sae_revision
     from ..sae.config import SAETrainingConfig
@@ -30,23 +30,23 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         print(describe_stage(model_args, data_args, given, args))
         return
-    check_writable(Path(args.output_dir))
-    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
-    train, held_out, told = stage_text(data_args, tokenizer, args.max_length)
-    load = partial(
-        load_causal_lm,
-        model_args.model_name_or_path,
-        model_args.model_adapter,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        load_in_4bit=model_args.load_in_4bit,
-    )
-    read = base_revisions(model_args)
-    metadata = sae_metadata(read, data_revisions(told)["dataset"])
-    # The trainer alone holds it, and can let it go.
-    trainer = SAETrainer(
-        load(hookpoints=args.hookpoints), args, train, held_out, processing_class=tokenizer, metadata=metadata
-    )
-    read |= sae_revision("initial_sae", args.initial_sae, args.initial_sae_revision)
-    report = run_stage(trainer, given, told, read, load)
-    print(f"\nSAEs: {', '.join(str(report.parent / name) for name in trainer.saes)}. Report: {report}.")
+    with alone_in(Path(args.output_dir)):
+        tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
+        train, held_out, told = stage_text(data_args, tokenizer, args.max_length)
+        load = partial(
+            load_causal_lm,
+            model_args.model_name_or_path,
+            model_args.model_adapter,
+            revision=model_args.model_revision,
+            dtype=model_args.dtype,
+            load_in_4bit=model_args.load_in_4bit,
+        )
+        read = base_revisions(model_args)
+        metadata = sae_metadata(read, data_revisions(told)["dataset"])
+        # The trainer alone holds it, and can let it go.
+        trainer = SAETrainer(
+            load(hookpoints=args.hookpoints), args, train, held_out, processing_class=tokenizer, metadata=metadata
+        )
+        read |= sae_revision("initial_sae", args.initial_sae, args.initial_sae_revision)
+        report = run_stage(trainer, given, told, read, load)
+        print(f"\nSAEs: {', '.join(str(report.parent / name) for name in trainer.saes)}. Report: {report}.")

@@ -16,7 +16,7 @@ from typing import Any
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from ..arguments import DataArguments, LoraArguments, ModelArguments, SourceArguments
-    from ..experiment.folder import check_writable
+    from ..experiment.folder import alone_in
     from ..models import check_same_vocabulary, load_causal_lm, load_tokenizer
     from ..provenance import base_revisions, sae_revision, source_revisions
     from ..tuning.config import SAETuningConfig
@@ -39,31 +39,31 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         print(describe_stage(model_args, data_args, given, (args, lora_args, source_args)))
         return
-    check_writable(Path(args.output_dir))
-    name = model_args.model_name_or_path
-    tokenizer = load_tokenizer(name, revision=model_args.model_revision)
-    source = None
-    weights: dict[str, Any] = {"dtype": model_args.dtype, "load_in_4bit": model_args.load_in_4bit}
-    if args.kl_reference == "source":
-        source_name = source_args.source_model or name
-        check_same_vocabulary(tokenizer, load_tokenizer(source_name, revision=source_args.source_revision))
-        source = load_causal_lm(
-            source_name, source_args.source_adapter, revision=source_args.source_revision, **weights
+    with alone_in(Path(args.output_dir)):
+        name = model_args.model_name_or_path
+        tokenizer = load_tokenizer(name, revision=model_args.model_revision)
+        source = None
+        weights: dict[str, Any] = {"dtype": model_args.dtype, "load_in_4bit": model_args.load_in_4bit}
+        if args.kl_reference == "source":
+            source_name = source_args.source_model or name
+            check_same_vocabulary(tokenizer, load_tokenizer(source_name, revision=source_args.source_revision))
+            source = load_causal_lm(
+                source_name, source_args.source_adapter, revision=source_args.source_revision, **weights
+            )
+        train, held_out, told = stage_text(data_args, tokenizer, args.max_length or 2048)
+        # The text is packed already, so that it could be counted before training starts.
+        args = dataclasses.replace(args, packing=False)
+        model = load_causal_lm(name, model_args.model_adapter, revision=model_args.model_revision, **weights)
+        trainer = SAETuningTrainer(
+            model,
+            args,
+            train,
+            held_out,
+            processing_class=tokenizer,
+            source_model=source,
+            peft_config=lora_args.lora_config(),
         )
-    train, held_out, told = stage_text(data_args, tokenizer, args.max_length or 2048)
-    # The text is packed already, so that it could be counted before training starts.
-    args = dataclasses.replace(args, packing=False)
-    model = load_causal_lm(name, model_args.model_adapter, revision=model_args.model_revision, **weights)
-    trainer = SAETuningTrainer(
-        model,
-        args,
-        train,
-        held_out,
-        processing_class=tokenizer,
-        source_model=source,
-        peft_config=lora_args.lora_config(),
-    )
-    read = base_revisions(model_args) | source_revisions(model_args, source_args)
-    read |= sae_revision("sae", args.sae, args.sae_revision)
-    report = run_stage(trainer, given, told, read)
-    print(f"\nAdapter: {report.parent}. Report: {report}.")
+        read = base_revisions(model_args) | source_revisions(model_args, source_args)
+        read |= sae_revision("sae", args.sae, args.sae_revision)
+        report = run_stage(trainer, given, told, read)
+        print(f"\nAdapter: {report.parent}. Report: {report}.")

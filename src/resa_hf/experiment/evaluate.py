@@ -24,6 +24,7 @@ from ..evaluation.tasks import task_rows
 from ..models import load_causal_lm, load_tokenizer
 from ..precision import runnable_device
 from .folder import claim
+from .manifest import note_start
 from .plan import plan
 
 # Problems, with the base's own answers, on which KL(base || tuned) is measured.
@@ -58,6 +59,7 @@ def evaluate(args: EvaluateArguments) -> Evaluation:
     """
     folder = Path(args.output_dir)
     claim(folder, {"settings": _fixed(args)})
+    note_start(folder, asdict(args))
     rows = task_rows(args.tasks, args.files())
     sizes = {task: (min(len(part), args.max_problems or len(part)), args.samples) for task, part in rows.items()}
     planned = plan(sizes, seeds=1)

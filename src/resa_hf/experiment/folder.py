@@ -1,5 +1,6 @@
 """Where a run's files lie, and how they are written."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -10,12 +11,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..errors import DataError
 from .arms import BASE, Arm, Candidate
 
 # What runs of a sweep share lies beside them in this folder, and each has a file that names its part of it.
 SHARED = "shared"
 _SHARED_NAMES = f"{SHARED}.json"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,39 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise DataError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other command works in the folder while the block runs. The operating system frees it when this process dies,
+    however it dies. Of several processes that were launched together, the first holds it for all.
+
+    Args:
+        folder (`Path`): the output folder, made if it is not there.
+
+    Raises:
+        `DataError`: if another command is at work there, naming it, or the folder cannot be written.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    check_writable(folder)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise DataError(
+            f"Another command is at work in {folder}{_newest_start(folder)}. Wait until it ends, stop it, or choose "
+            "another --output_dir."
+        ) from None
+    with lock:
+        yield
+
+
+def _newest_start(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        start = read_json(folder / MANIFEST)[-1]
+        return f" (process {start['process']} on {start['host']}, started {start['started']})"
+    return ""
 
 
 def claim(folder: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.cost import current_device
-from .folder import read_json, write_json
+from .folder import MANIFEST, read_json, write_json
 from .report import versions
-
-MANIFEST = "manifest.json"
 
 
 def note_start(folder: Path, settings: dict[str, Any], data: dict[str, Any] | None = None) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..on_disk import rows_forgotten
-from .folder import RunFolder, claim
+from .folder import RunFolder, alone_in, claim
 from .manifest import note_start
 from .overlap import training_overlap
 from .plan import plan, test_sizes
@@ -14,7 +14,6 @@ from .schedule import arm_jobs, choosing_jobs, stage1_jobs, text_jobs, workers
 from .settings import RunSettings
 
 
-@rows_forgotten()
 def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
     """Runs what is missing in the run's folder, and writes its report.
 
@@ -22,10 +21,15 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
         `list[ArmResult]`: the base first, then the arms in the recipe's order.
 
     Raises:
-        `DataError`: if the data cannot be used, or if the folder holds a run with other settings, or cannot be
-        written.
+        `DataError`: if the data cannot be used, or if the folder holds another run, cannot be written, or
+        another command is at work in it.
         `JobError`: from a stage, naming the arm; what was finished is kept.
     """
+    with alone_in(folder.root), rows_forgotten():
+        return _run_experiment(folder, settings)
+
+
+def _run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
     claim(folder.root, as_plain(settings), free=free_sections(folder))
     data = prepare_run(folder, settings)
     note_start(folder.root, as_plain(settings), data)
