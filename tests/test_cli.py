@@ -171,6 +171,7 @@ def test_a_model_that_is_not_there(tune):
 def test_usage_and_unknown_commands(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
+    assert "75 after SIGTERM" in printed
     assert all(name in printed for name in COMMANDS)
     assert main(["tun"]) == 2
     assert "unknown command 'tun'" in capsys.readouterr().err

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from fractions import Fraction
@@ -129,6 +132,14 @@ def results(rows, *tasks):
     outcomes = Outcomes(right, np.ones_like(right, int), np.zeros_like(right), completions)
     names = [str(row) for row in range(len(rows))]
     return {task: TaskResult(task, names, names, outcomes, [list(row) for row in rows], 3600.0) for task in tasks}
+
+
+@pytest.mark.slow
+def test_no_git_is_needed(tmp_path):
+    words = [sys.executable, "-m", "resa_hf.cli", "evaluate", "--model_name_or_path", str(tmp_path / "none")]
+    words += ["--adapters", "x=y", "--tasks", "resa:aime24", "--output_dir", str(tmp_path)]
+    done = subprocess.run(words, env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "git" not in done.stderr.lower().replace("github", ""), done.stderr
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What to do where the extra `eval` is missing."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ def eval_extra() -> Iterator[None]:
     Raises:
         `ValueError`: instead of a `ModuleNotFoundError`, with the command that installs it.
     """
+    # lighteval imports GitPython, which refuses to be imported where there is no git.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     try:
         yield
     except ModuleNotFoundError as error:
