@@ -12,6 +12,8 @@ from distributed_runs import launch
 from safetensors.torch import load_file
 
 from resa_hf.cli import main as resa_hf
+from resa_hf.tiny import tiny_path
+from resa_hf.tiny.task import make_rows, training_questions
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
@@ -60,17 +62,17 @@ def test_what_the_trainers_need_is_set():
         assert config["zero_stage"] == stage
 
 
-@pytest.mark.parametrize("command", ["evaluate", "run", "compare", "features"])
+@pytest.mark.parametrize("command", ["evaluate --server", "run", "compare", "features"])
 def test_commands_of_one_process_refuse_to_be_launched_in_several(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     tiny = ROOT / "recipes/tiny-reasoner"
     recipe = {
         "run": ["--config", str(tiny / "run/own_data.yaml"), "--dataset", "tiny-reasoner"],
         "compare": ["--config", str(next((tiny / "compare").glob("*.yaml")))],
-        "evaluate": ["--model_name_or_path", "resa_hf/tiny/base", "--tasks", "resa:aime24"],
+        "evaluate --server": ["http://127.0.0.1:1/v1", "--model_name_or_path", "x", "--tasks", "resa:aime24"],
         "features": ["--config", str(next((tiny / "features").glob("*.yaml")))],
     }[command]
-    assert resa_hf([command, *recipe, "--output_dir", str(tmp_path / "out")]) == 2
+    assert resa_hf([*command.split(), *recipe, "--output_dir", str(tmp_path / "out")]) == 2
     assert f"resa-hf {command} was launched in 2 processes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -109,3 +111,39 @@ def test_both_stages_in_two_processes_leave_one_result_each(tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert [entry["num_tokens"] for entry in report["log"] if "loss" in entry] == [8 * 64, 16 * 64]
     assert report["moved"]["update_norm"] > 0 and (out / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_an_evaluation_in_two_processes_is_that_of_one_and_goes_on_in_one(tmp_path, capsys):
+    problems = tmp_path / "problems.jsonl"
+    rows = make_rows(9, seed=6, exclude=training_questions())
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", "--model_name_or_path", "resa_hf/tiny/base", "--adapters", f"source={tiny_path('source')}"]
+    words += ["--tasks", str(problems), "--file_prompt", "plain", "--samples", "3", "--max_new_tokens", "64"]
+    words += ["--temperature", "1.0", "--batch_size", "4", "--dtype", "float32", "--output_dir"]
+
+    def left(folder):
+        stores = sorted((folder / "models").glob("*/completions/*.jsonl"))
+        assert len(stores) == 2
+        found = {}
+        for path in stores:
+            _, *lines = map(json.loads, path.read_text().splitlines())
+            entries = [
+                (path.parts[-3], *entry[:2], entry[2]["text"]) for line in lines for entry in line["completions"]
+            ]
+            found |= {entry[:3]: entry[3] for entry in entries}
+            assert len(entries) == 27
+        report = json.loads((folder / "report.json").read_text())
+        return found, [model["accuracy"] for model in report["models"]]
+
+    assert resa_hf([*words, str(tmp_path / "one")]) == 0
+    printed = launch(["-m", "resa_hf.cli"], [*words, str(tmp_path / "two")])
+    assert left(tmp_path / "two") == left(tmp_path / "one")
+    assert printed.count("Report: ") == 1 and len(json.loads((tmp_path / "two/manifest.json").read_text())) == 1
+    # As if it had been killed after the first round of the second model.
+    (store,) = (tmp_path / "two/models/source/completions").glob("*.jsonl")
+    lines = store.read_text().splitlines(keepends=True)
+    assert [len(json.loads(line)["completions"]) for line in lines[1:]] == [8, 8, 8, 3]
+    store.write_text("".join(lines[:2]))
+    assert resa_hf([*words, str(tmp_path / "two")]) == 0
+    assert left(tmp_path / "two") == left(tmp_path / "one")

@@ -1,10 +1,14 @@
 """The in-process engine: its draws, its adapters, and what it keeps of an interrupted evaluation."""
 
+import json
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TopPLogitsWarper
 from resa_hf.errors import DataError, IncompatibleAdapterError
 from resa_hf.evaluation.engine import Sampling
 from resa_hf.evaluation.in_process import TransformersEngine, draw_tokens
+from resa_hf.evaluation.share import Share
 from resa_hf.text import evaluation_prompt
 from resa_hf.tiny import load_tiny_base, load_tiny_source, tiny_path
 from resa_hf.tiny.task import make_rows
@@ -168,3 +173,50 @@ def test_a_killed_evaluation_ends_with_the_same_result(tiny_base, tiny_tokenizer
     expected = engine.generate(asked, SAMPLED, progress=False)
     assert engine.generate(asked, SAMPLED, store=store, progress=False) == expected
     assert len(store.read_bytes().splitlines()) == 37
+
+
+@dataclass(frozen=True)
+class InThreads(Share):
+    """As processes would, with a shared list instead of a network."""
+
+    meeting: threading.Barrier | None = None
+    told: dict = field(default_factory=dict)
+
+    def _exchanged(self, value):
+        self.told[self.process] = value
+        self.meeting.wait(60)
+        told = dict(self.told)
+        self.meeting.wait(60)
+        return told
+
+    def of_first(self, value):
+        return self._exchanged(value)[0]
+
+    def of_all(self, found):
+        return {key: value for part in self._exchanged(found).values() for key, value in part.items()}
+
+
+@pytest.mark.slow
+def test_what_several_answer_together_is_what_one_answers(tiny_tokenizer, tmp_path):
+    asked, sampling = prompts(tiny_tokenizer, 7), Sampling(samples=3, max_new_tokens=64, batch_size=4, seed=11)
+    store = tmp_path / "answers.jsonl"
+
+    models = [load_tiny_base() for _ in range(3)]
+
+    def answer(share, path):
+        engine = TransformersEngine(models[share.process], tiny_tokenizer, name="x", share=share)
+        return engine.generate(asked, sampling, store=path, progress=False)
+
+    expected = answer(Share(), None)
+    for kept in (None, 2):  # from the start, and from the header and a first line
+        if kept is not None:
+            store.write_text("".join(store.read_text().splitlines(keepends=True)[:kept]))
+        meeting, told = threading.Barrier(3), {}
+        shares = [InThreads(number, 3, meeting, told) for number in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(answer, shares, [store, tmp_path / "b.jsonl", tmp_path / "c.jsonl"]))
+        assert all(completions == expected for completions in found)
+        # Rounds of three batches of four; the first process alone keeps them.
+        lines = [json.loads(line) for line in store.read_text().splitlines()[1:]]
+        assert [len(line["completions"]) for line in lines] == [12, 9]
+        assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]

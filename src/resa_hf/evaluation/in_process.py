@@ -4,6 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +18,15 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import IncompatibleAdapterError
+from ..guards import check_token_id
 from ..hookpoints import causal_lm
 from ..modes import evaluating
+from ..out_of_memory import answers_explained
+from ..quantization import is_in_4bit
 from ..text import encode_prompt
 from .decoding import Draw, decode
 from .engine import Completion, Sampling
+from .share import Share
 from .store import Key, Store
 
 
@@ -41,6 +46,8 @@ class TransformersEngine:
             none, which is the base. `None`: the model as it is set.
         name (`str`, *optional*):
             For reports. Default: the model's name and the adapter's.
+        share ([`Share`], *optional*):
+            This process' part, where several answer together: all call `generate` alike; the first keeps the store.
 
     Raises:
         `IncompatibleAdapterError`: if the model has no such adapter.
@@ -54,6 +61,7 @@ class TransformersEngine:
         *,
         adapter: str | Literal[False] | None = None,
         name: str | None = None,
+        share: Share = Share(),  # noqa: B008  # frozen
     ) -> None:
         loaded = list(model.peft_config) if isinstance(model, PeftModel) else []
         if isinstance(adapter, str) and adapter not in loaded:
@@ -64,6 +72,7 @@ class TransformersEngine:
         self._model = model
         self._adapter = adapter
         self._name = name
+        self._share = share
 
     @property
     def name(self) -> str:
@@ -78,29 +87,41 @@ class TransformersEngine:
     ) -> list[list[Completion]]:
         """As [`~resa_hf.evaluation.engine.Engine.generate`]. What is kept in `store` is kept batch by batch."""
         encoded = [tuple(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]
+        check_token_id(max(chain.from_iterable(encoded), default=0), _bare(self._model), "A prompt")
         keys = [(problem, sample) for problem in range(len(prompts)) for sample in range(sampling.samples)]
         # Prompts of like length need little padding. The longest come first, so that memory runs out early or never.
         keys.sort(key=lambda key: -len(encoded[key[0]]))
         with acting(self._model, self._adapter), evaluating(self._model), torch.no_grad():
             weights = weights_digest(self._model) if store is not None else {}
-            kept = Store(store, {"engine": self.name, **weights}, prompts, sampling)
-            with tqdm(total=len(keys), desc="Answering", initial=len(kept.done), disable=not progress) as bar:
-                for start in range(0, len(keys), sampling.batch_size):
-                    batch = [key for key in keys[start : start + sampling.batch_size] if key not in kept.done]
-                    if batch:
-                        kept.add(self._batch(batch, [encoded[problem] for problem, _ in batch], sampling, bar.update))
+            share = self._share
+            path = store if share.is_first else None
+            kept = Store(path, {"engine": self.name, **weights}, prompts, sampling)
+            kept.done = share.of_first(kept.done)
+            hidden = not progress or not share.is_first
+            at_once = sampling.batch_size * share.processes
+            with tqdm(total=len(keys), desc="Answering", initial=len(kept.done), disable=hidden) as bar:
+                for start in range(0, len(keys), at_once):
+                    left = [key for key in keys[start : start + at_once] if key not in kept.done]
+                    if left:
+                        mine = share.part(left)
+                        found = self._batch(mine, [encoded[problem] for problem, _ in mine], sampling, bar.update)
+                        kept.add(share.of_all(found))
+                        bar.update(len(left) - len(mine))
         return kept.answers()
 
     def _batch(
         self, batch: list[Key], prompts: list[tuple[int, ...]], sampling: Sampling, ended: Callable[[], object]
     ) -> dict[Key, Completion]:
+        if not batch:
+            return {}
         model, draw = _bare(self._model), seeded_draw(batch, sampling)
         ends = end_tokens(model, self.tokenizer)
         found = {}
-        for row, tokens in decode(model, prompts, draw, ends=ends, limit=sampling.max_new_tokens):
-            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-            found[batch[row]] = Completion(text, len(tokens), tokens[-1] not in ends, tuple(tokens))
-            ended()
+        with answers_explained(sampling, is_in_4bit(model)):
+            for row, tokens in decode(model, prompts, draw, ends=ends, limit=sampling.max_new_tokens):
+                text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+                found[batch[row]] = Completion(text, len(tokens), tokens[-1] not in ends, tuple(tokens))
+                ended()
         return found
 
 
@@ -148,6 +169,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     total = likely.cumsum(-1)
     # 1 - uniform is never 0, so a token without probability is never drawn.
     place = torch.searchsorted(total, (1 - uniform).unsqueeze(1) * total[:, -1:])
+    place = place.clamp(max=total.shape[1] - 1)  # where logits are NaN, which `decode` tells
     return (place if order is None else order.gather(1, place)).squeeze(1)
 
 

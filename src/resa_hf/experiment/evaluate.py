@@ -1,5 +1,6 @@
 """Adapters against their base on benchmarks: the work of `resa-hf evaluate`."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..evaluation.in_process import TransformersEngine
 from ..evaluation.movement import movement
 from ..evaluation.pipeline import TaskResult, run_tasks
 from ..evaluation.server import ServerEngine
+from ..evaluation.share import Share
 from ..evaluation.tasks import task_rows
 from ..models import load_causal_lm, load_tokenizer
 from ..precision import runnable_device
@@ -49,8 +51,13 @@ class Evaluation:
     overlap: dict[str, OverlapReport]
 
 
-def evaluate(args: EvaluateArguments) -> Evaluation:
+def evaluate(args: EvaluateArguments, share: Share = Share()) -> Evaluation:  # noqa: B008  # frozen
     """Lets the base and each adapter answer the tasks, checks before each adapter that it acts.
+
+    Args:
+        args ([`EvaluateArguments`]): what to compare.
+        share ([`Share`], *optional*): this process' part of the answers. All processes return the same; what is
+            written into the output folder comes from the first.
 
     Raises:
         `DataError`: for a task that cannot be loaded, before anything is answered; or if the folder holds another
@@ -58,8 +65,9 @@ def evaluate(args: EvaluateArguments) -> Evaluation:
         `IncompatibleAdapterError`: for an adapter that does not fit, or does nothing; what was answered is kept.
     """
     folder = Path(args.output_dir)
-    claim(folder, {"settings": _fixed(args)})
-    note_start(folder, asdict(args))
+    if share.is_first:
+        claim(folder, {"settings": _fixed(args)})
+        note_start(folder, asdict(args))
     rows = task_rows(args.tasks, args.files())
     sizes = {task: (min(len(part), args.max_problems or len(part)), args.samples) for task, part in rows.items()}
     planned = plan(sizes, seeds=1)
@@ -71,7 +79,10 @@ def evaluate(args: EvaluateArguments) -> Evaluation:
         column = None if source in (*PRESETS, *TINY) else args.question_column
         overlap[source] = find_overlap(load_questions(source, column), problems)
         print(f"Overlap with {source}. {overlap[source].as_markdown()}", flush=True)
-    models = _on_server(args, folder) if args.server is not None else _in_process(args, folder)
+    with tempfile.TemporaryDirectory() as unread:
+        # lighteval writes its results in every process.
+        place = folder if share.is_first else Path(unread)
+        models = _on_server(args, place) if args.server is not None else _in_process(args, place, share)
     return Evaluation(models, planned, overlap)
 
 
@@ -91,7 +102,7 @@ def _fixed(args: EvaluateArguments) -> dict[str, Any]:
     return {key: value for key, value in asdict(args).items() if key not in free}
 
 
-def _in_process(args: EvaluateArguments, folder: Path) -> list[Evaluated]:
+def _in_process(args: EvaluateArguments, folder: Path, share: Share) -> list[Evaluated]:
     base = load_causal_lm(
         args.model_name_or_path,
         args.model_adapter,
@@ -101,7 +112,7 @@ def _in_process(args: EvaluateArguments, folder: Path) -> list[Evaluated]:
     )
     torch.nn.Module.to(base, runnable_device(False))
     tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
-    models = [_answer(args, folder, BASE, TransformersEngine(base, tokenizer, name=BASE))]
+    models = [_answer(args, folder, BASE, TransformersEngine(base, tokenizer, name=BASE, share=share))]
     prompts = next(iter(models[0].tasks.values())).prompts
     text = _answered(tokenizer, models[0])
     model: PreTrainedModel | PeftModel = base
@@ -112,7 +123,7 @@ def _in_process(args: EvaluateArguments, folder: Path) -> list[Evaluated]:
         model.set_adapter(inside, inference_mode=True)
         check_adapter(model, tokenizer, prompts[:2])
         moved = movement(model, text)
-        engine = TransformersEngine(model, tokenizer, adapter=inside, name=name)
+        engine = TransformersEngine(model, tokenizer, adapter=inside, name=name, share=share)
         models.append(replace(_answer(args, folder, name, engine), moved=moved))
     return models
 
