@@ -18,10 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from hub_server import HubServer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+pytest_plugins = ["fault_table"]
+
+# HYPOTHESIS_PROFILE=long tries property tests on thousands of other examples, which differ from run to run.
+settings.register_profile("short", max_examples=20, derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "long", max_examples=3_000, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 ModelFactory = Callable[..., "PreTrainedModel"]
 

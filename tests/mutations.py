@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import yaml
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -22,6 +23,7 @@ _BROKEN = (
     RuntimeError,
     struct.error,
     SafetensorError,
+    yaml.YAMLError,
 )
 
 SIZES = st.sampled_from([-1, 0, 1, 7, 8, 9, 24, 2**31, 2**63, 10**12, 10**30])
@@ -73,12 +75,23 @@ def _insert(at: int, more: bytes) -> Change:
     return lambda raw: raw[: at % (len(raw) + 1)] + more + raw[at % (len(raw) + 1) :]
 
 
-def _damage() -> st.SearchStrategy[Change]:
-    spots = st.integers(0, 2**16)
+def _overwrite(at: int, more: bytes) -> Change:
+    return lambda raw: raw[: at % (len(raw) + 1)] + more + raw[at % (len(raw) + 1) + len(more) :]
+
+
+def _repeat(at: int, size: int) -> Change:
+    return lambda raw: raw[: at % (len(raw) + 1) + size] + raw[at % (len(raw) + 1) :]
+
+
+def damage() -> st.SearchStrategy[Change]:
+    """One change of bytes: cut short, a bit flipped, some put in, written over, lost to zeros, or there twice."""
+    spots, sizes = st.integers(0, 2**16), st.sampled_from([1, 2, 7, 16, 64, 512, 4096])
     return st.one_of(
         st.builds(_cut, spots),
         st.builds(_flip, spots, st.integers(0, 7)),
         st.builds(_insert, spots, st.binary(min_size=1, max_size=8)),
+        st.builds(_overwrite, spots, st.binary(min_size=1, max_size=16) | st.builds(bytes, sizes)),
+        st.builds(_repeat, spots, sizes),
     )
 
 
@@ -95,7 +108,7 @@ def config_changes(keys: list[str], outer: str, inner: list[str]) -> st.SearchSt
         st.builds(_drop, key),
     )
     last = st.lists(
-        st.builds(_nest, st.just("deep"), st.sampled_from([1, 63, 64, 900, 100_000])) | _damage(), max_size=1
+        st.builds(_nest, st.just("deep"), st.sampled_from([1, 63, 64, 900, 100_000])) | damage(), max_size=1
     )
     return st.builds(list.__add__, st.lists(whole, min_size=1, max_size=3), last)
 
@@ -167,7 +180,7 @@ def weights_change() -> st.SearchStrategy[Change]:
     kinds = ["flat", "transposed", "wrapped", "empty", "scalar", "doubled", "nan", "huge", "large"]
     kinds += [f"torch.{name}" for name in ("int64", "bool", "float16", "bfloat16", "float8_e4m3fn", "float64")]
     return st.one_of(
-        _damage(),
+        damage(),
         st.builds(_claim_size, st.integers(0, 2**64 - 1) | st.integers(0, 2000)),
         st.builds(_edit_entry, index, st.sampled_from(["shape", "data_offsets"]), st.lists(SIZES, max_size=3)),
         st.builds(_edit_entry, index, st.sampled_from(["shape", "dtype", "data_offsets", "more"]), VALUES),

@@ -100,7 +100,9 @@ OF_BOTH = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_a_checkpoint_that_is_not_whole_is_told_and_the_one_before_taken(make_trainers, tmp_path, stage, capsys):
+def test_a_checkpoint_that_is_not_whole_is_told_and_the_one_before_taken(
+    make_trainers, tmp_path, stage, capsys, fault
+):
     make, ends = make_trainers[stage]
     whole = finish(make, ends, tmp_path / "whole")
     for number, name in enumerate(KINDS[stage] + OF_BOTH):
@@ -124,6 +126,7 @@ def test_a_checkpoint_that_is_not_whole_is_told_and_the_one_before_taken(make_tr
             # A changed digit of the list itself shows as another file that does not fit it.
             assert name in told or (name == "files.json" and harm == "changed")
             assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+            fault(f"file {harm} in a checkpoint of {stage}", told=told, kept="checkpoint-2, which is gone on from")
     resumed = finish(make, ends, folder)
     assert same(resumed, whole)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]

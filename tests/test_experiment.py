@@ -277,7 +277,7 @@ def test_a_control_differs_in_nothing_else_or_is_a_random_adapter_or_cot_free_sf
 
 def test_a_job_that_fails_is_named(tmp_path):
     run = settings([Arm("my arm", "none")], seeds=(7,))
-    message = "my arm, seed 7: Directory .*train not found"
+    message = "my arm, seed 7: The rows in .*train are missing or damaged .FileNotFoundError"
     with workers(RunFolder(tmp_path), run) as run_jobs, pytest.raises(JobError, match=message):
         run_jobs(arm_jobs(run, {"my arm": ONLY})[0][1:], "title")
 

@@ -70,10 +70,13 @@ def test_a_step_that_is_not_finite_is_as_if_the_optimizer_had_not_been_called(
     assert same(weights(found), weights(wanted))
 
 
-def test_a_few_in_a_row_stop_the_run_with_the_batch(make_model, tmp_path):
+def test_a_few_in_a_row_stop_the_run_with_the_batch(make_model, tmp_path, fault):
     last, bad = 1 + IN_A_ROW, float("nan")
-    with pytest.raises(TrainingError, match=rf"not finite in 5 steps in a row, up to step {last}.*learning_rate"):
+    with pytest.raises(
+        TrainingError, match=rf"not finite in 5 steps in a row, up to step {last}.*learning_rate"
+    ) as at:
         run(make_model("qwen2"), tmp_path, dict.fromkeys(range(1, 9), bad), max_steps=9)
+    fault("NaN in a gradient, five steps in a row", told=at.value, kept="the checkpoints before, and the batch")
     saved = load_file(tmp_path / "batch-not-finite-0.safetensors")["0/input_ids"]
     seen: list[torch.Tensor] = []
 
@@ -121,7 +124,7 @@ def test_where_the_device_is_not_asked_the_gradient_is_zero_and_the_step_told_la
         run(make_model("qwen2"), tmp_path / "c", broken, **settings)
 
 
-def test_no_checkpoint_has_weights_that_are_not_finite(make_model, tmp_path):
+def test_no_checkpoint_has_weights_that_are_not_finite(make_model, tmp_path, fault):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             if state.global_step == 3:
@@ -129,8 +132,11 @@ def test_no_checkpoint_has_weights_that_are_not_finite(make_model, tmp_path):
 
     args = config(tmp_path, save_strategy="steps", save_steps=1)
     trainer = SAETrainer(make_model("qwen2"), args, rows(24), callbacks=[Poison()])
-    with pytest.raises(TrainingError, match=r"1 trained weights are not finite at step 3 \(the first: .*W_dec\)"):
+    with pytest.raises(
+        TrainingError, match=r"1 trained weights are not finite at step 3 \(the first: .*W_dec\)"
+    ) as at:
         trainer.train()
+    fault("infinity in an SAE's weight, Stage I", told=at.value, kept="the checkpoints before it")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
 
 

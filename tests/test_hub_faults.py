@@ -121,7 +121,7 @@ def test_an_outage_at_each_stage_of_an_upload_leaves_all_or_nothing(
 
 
 def test_an_outage_at_each_stage_of_publishing_an_sae(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     """The whole of `push_sae_to_hub`, which also asks for the licence of the model that the SAE reads."""
     hub.create_repo("me/base", files={"README.md": "---\nlicense: apache-2.0\n---\n"})
@@ -143,13 +143,15 @@ def test_an_outage_at_each_stage_of_publishing_an_sae(
         push_sae_to_hub(sae, repo)
         same = {name: data.replace(f"sae-{n}".encode(), b"sae") for name, data in visible(hub, repo).items()}
         assert same == expected and len(hub.commits(repo)) == 2
+    fault("Hub gone at each request of a push", told=error.value, kept="the old version, whole; the same call ends")
 
 
-def test_files_that_arrived_are_not_sent_again(hub: HubServer, tmp_path: Path) -> None:
+def test_files_that_arrived_are_not_sent_again(hub: HubServer, tmp_path: Path, fault: Any) -> None:
     update = Update(hub, tmp_path, 1)
     hub.fail("POST", "/commit/", 403)
-    with pytest.raises(PublishError, match="The Hub answered 403"):
+    with pytest.raises(PublishError, match="The Hub answered 403") as error:
         push(update.folder, update.repo)
+    fault("a token without the right, in mid-push", told=error.value, kept="files that arrived; the same call ends")
     assert sum(method == "PUT" for method, _ in hub.requests) == 1
     push(update.folder, update.repo)
     assert sum(method == "PUT" for method, _ in hub.requests) == 1
@@ -173,11 +175,12 @@ def test_a_long_retry_after_is_for_the_user_to_decide(hub: HubServer, tmp_path: 
     update.check(published=False)
 
 
-def test_a_branch_that_moved_is_not_overwritten(hub: HubServer, tmp_path: Path) -> None:
+def test_a_branch_that_moved_is_not_overwritten(hub: HubServer, tmp_path: Path, fault: Any) -> None:
     update = Update(hub, tmp_path, 1)
     hub.fail("POST", "/commit/", lambda: hub.commit(update.repo, {"README.md": "theirs now"}))
-    with pytest.raises(PublishError, match="[Ss]omebody else has committed meanwhile"):
+    with pytest.raises(PublishError, match="[Ss]omebody else has committed meanwhile") as error:
         push(update.folder, update.repo)
+    fault("somebody else's commit in mid-push", told=error.value, kept="theirs; pushed again, both")
     assert visible(hub, update.repo) == {**update.old, "README.md": b"theirs now"}
     push(update.folder, update.repo)
     assert visible(hub, update.repo) == update.new

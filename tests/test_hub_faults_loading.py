@@ -127,15 +127,16 @@ def test_one_fault_at_each_stage(
         assert torch.equal(loaded, artifact.versions[0][1])
 
 
-@pytest.mark.parametrize("fault", ["drop", "drop_body", 500])
+@pytest.mark.parametrize("outage", ["drop", "drop_body", 500])
 def test_an_outage_at_each_stage(
-    hub: HubServer, artifact: Artifact, fresh_cache: Callable[[], None], fault: Any
+    hub: HubServer, artifact: Artifact, fresh_cache: Callable[[], None], outage: Any, fault: Any
 ) -> None:
-    for n in stages(hub, artifact, fault, fresh_cache):
-        hub.fail(*ALL, fault, skip=n, times=1000)
+    for n in stages(hub, artifact, outage, fresh_cache):
+        hub.fail(*ALL, outage, skip=n, times=1000)
         with pytest.raises((ValueError, OSError)) as error:
             artifact.load()
         assert is_ours(error.value, artifact, hub), repr(error.value)
+        fault(f"Hub gone ({outage}) at each request of a download", told=error.value, kept="files that arrived")
         hub.heal()
         assert torch.equal(artifact.load(), artifact.versions[0][1])
 

@@ -72,13 +72,14 @@ def test_what_is_no_json_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (values, metrics["failed"]) == ([0.0], 1.0)
 
 
-def test_what_counts_as_a_number() -> None:
+def test_what_counts_as_a_number(caplog: pytest.LogCaptureFixture, fault: Any) -> None:
     assert call(made("numbers"), *"abcdef") == ([1.0, 0.5, 0.25, 0.125, 7.0, None], FINE)
     assert call(made("array"), *"abc") == ([0.0, 0.5, 1.0], FINE)
     assert call(made("later"), *"ab") == ([0.75, 0.75], FINE)
     values, metrics = call(made("no_numbers"), *"abcdefghij")
     assert values == [1.5, 0, 0, 0, 0, 0, 0, None, 0, 0]
     assert metrics == {"timed_out": 0.0, "failed": 0.8}
+    fault("NaN, infinity or text as a reward", told=caplog.messages[0], kept="the run: those completions score 0")
 
 
 def test_what_it_prints_or_reads_is_not_the_protocol(capfd: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +95,9 @@ def test_what_it_prints_or_reads_is_not_the_protocol(capfd: pytest.CaptureFixtur
     ("name", "completion"),
     [("sleeps", "sleep"), ("counts", "count"), ("powers", "power"), ("spares_nobody", "catch")],
 )
-def test_is_stopped_when_it_takes_too_long(name: str, completion: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_is_stopped_when_it_takes_too_long(
+    name: str, completion: str, caplog: pytest.LogCaptureFixture, fault: Any
+) -> None:
     reward = made(name, seconds=1.0)
     assert call(reward, "a") == ([1.0], FINE)
     for _ in range(2):
@@ -105,6 +108,7 @@ def test_is_stopped_when_it_takes_too_long(name: str, completion: str, caplog: p
         assert gone(child)
         assert call(reward, "a", "b") == ([1.0, 1.0], FINE)
     assert caplog.text.count(f"user_rewards.{name} took more than 1 s for a batch, and was stopped") == 1
+    fault(f"a reward function that hangs ({name})", told=caplog.messages[0], kept="the run: that batch scores 0")
 
 
 @pytest.mark.parametrize(
@@ -116,12 +120,15 @@ def test_is_stopped_when_it_takes_too_long(name: str, completion: str, caplog: p
         ("crashes", "ended its process (exit status -11)"),
     ],
 )
-def test_what_raises_or_crashes_scores_0(name: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_raises_or_crashes_scores_0(
+    name: str, warning: str, caplog: pytest.LogCaptureFixture, fault: Any
+) -> None:
     reward = made(name)
     for _ in range(2):
         assert call(reward, "a") == ([1.0], FINE)
         assert call(reward, "a", "bad") == ([0.0, 0.0], {"timed_out": 0.0, "failed": 1.0})
     assert caplog.text.count(f"user_rewards.{name} {warning}") == 1
+    fault(f"a reward function that {name}", told=caplog.messages[0], kept="the run: that batch scores 0")
 
 
 @pytest.mark.parametrize(
@@ -133,12 +140,15 @@ def test_what_raises_or_crashes_scores_0(name: str, warning: str, caplog: pytest
         ("one_number", "raised TypeError"),
     ],
 )
-def test_a_wrong_number_of_values_scores_0(name: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_number_of_values_scores_0(
+    name: str, warning: str, caplog: pytest.LogCaptureFixture, fault: Any
+) -> None:
     assert call(made(name), *"abc") == ([0.0] * 3, {"timed_out": 0.0, "failed": 1.0})
     assert warning in caplog.text
+    fault(f"a reward function of a wrong type ({name})", told=caplog.messages[0], kept="the run: that batch scores 0")
 
 
-def test_one_process_serves_all_batches_and_another_follows_its_death() -> None:
+def test_one_process_serves_all_batches_and_another_follows_its_death(fault: Any) -> None:
     reward = made("pid")
     (first,), (second,) = call(reward, "a")[0], call(reward, "a")[0]
     assert first == second != os.getpid()
@@ -146,6 +156,9 @@ def test_one_process_serves_all_batches_and_another_follows_its_death() -> None:
     reward._process.wait(10)  # a zombie whose threads still end cannot be waited for yet
     (third,), metrics = call(reward, "a")
     assert third not in (0.0, first) and metrics == FINE
+    fault(
+        "the reward's worker killed between batches", told="nothing", kept="everything: another one serves the batch"
+    )
 
 
 def test_a_batch_larger_than_a_pipe_passes() -> None:

@@ -1,6 +1,7 @@
 """`push_to_hub` of both trainers: what a user of the Trainer expects, without its pickles and second commits."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from resa_hf.tiny import tiny_path
 from resa_hf.tuning.config import SAETuningConfig
 from resa_hf.tuning.trainer import SAETuningTrainer
 
+Fault = Callable[..., None]
 ROWS = Dataset.from_dict({"input_ids": [[1, 5, 9, 3, 7, 2, 4, 8]] * 4})
 
 
@@ -120,6 +122,38 @@ def test_push_to_hub_in_the_settings_pushes_once_and_no_checkpoint(
     assert len(hub.commits("me/tuned")) == 2  # the Hub's own first one, and ours
     trainer.push_to_hub()
     assert len(hub.commits("me/tuned")) == 2
+
+
+def test_the_hub_is_gone_before_the_training(
+    hub: HubServer, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    hub.fail(".*", ".*", "drop", times=1000)
+    with pytest.raises(PublishError, match="me/saes") as at:
+        stage1(model, tmp_path / "out", hub_model_id="me/saes", push_to_hub=True)
+    hub.heal()
+    stage1(model, tmp_path / "out", hub_model_id="me/saes", push_to_hub=True).train()
+    fault("Hub gone when a Trainer with push_to_hub is made", told=at.value, kept="everything: nothing was begun")
+
+
+def test_the_hub_is_gone_while_a_trainer_that_pushes_trains(
+    hub: HubServer, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings: dict[str, Any] = {"hub_model_id": "me/saes", "push_to_hub": True}
+    trainer = stage1(model, tmp_path / "out", save_strategy="steps", save_steps=1, **settings)
+    hub.fail(".*", ".*", "drop", times=1000)
+    trainer.train()
+    with pytest.raises(PublishError, match="the Hub does not answer") as at:
+        trainer.save_model()
+    kept, trained = load_sae(tmp_path / "out" / "layers.1"), trainer.saes["layers.1"]
+    assert all(torch.equal(kept.get_parameter(name), value) for name, value in trained.named_parameters())
+    hub.heal()
+    trainer.save_model()
+    assert "layers.1/sae_weights.safetensors" in published(hub, "me/saes")
+    fault("Hub gone while a Trainer with push_to_hub trains", told=at.value, kept="all; saved again, it is published")
 
 
 def test_not_blocking(hub: HubServer, base: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .guards import check_finite
+from .writing import writing
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -37,6 +38,15 @@ class WholeCheckpoints(_Base):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._draft) if self._draft is not None else super()._get_output_dir(trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer`] does.
+
+        Raises:
+            `OSError`: if it cannot be written; the message says why.
+        """
+        with writing(Path(output_dir or str(self.args.output_dir))):
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(self)
         output = Path(self._get_output_dir(trial))
@@ -47,17 +57,23 @@ class WholeCheckpoints(_Base):
         self.accelerator.wait_for_everyone()
         self._draft = draft.parent
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(final):
+                super()._save_checkpoint(model, trial)
+        except Exception:
+            # On a disk that is full it takes the room that mends it.
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         finally:
             self._draft = None
         if self.state.best_model_checkpoint == str(draft):
             self.state.best_model_checkpoint = str(final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.state.save_to_json(str(draft / "trainer_state.json"))  # where it names the best checkpoint
-            _seal(draft)
-            _replace(draft, final)
-            self._forget_old(output)
+            with writing(final):
+                self.state.save_to_json(str(draft / "trainer_state.json"))  # where it names the best checkpoint
+                _seal(draft)
+                _replace(draft, final)
+                self._forget_old(output, final)
         self.accelerator.wait_for_everyone()
         # Of another machine that shares no disk: its own processes' states.
         if self.args.local_process_index == 0 and draft.is_dir():
@@ -65,12 +81,13 @@ class WholeCheckpoints(_Base):
             _replace(draft, final)
         self.accelerator.wait_for_everyone()
 
-    def _forget_old(self, output: Path) -> None:
+    def _forget_old(self, output: Path, written: Path) -> None:
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
         *old, newest = checkpoints(output)
-        kept = {newest, *([Path(best)] if (best := self.state.best_model_checkpoint) else [])}
+        # What was just written is not the newest where one of another run, or a torn one, lies there.
+        kept = {written, newest, *([Path(best)] if (best := self.state.best_model_checkpoint) else [])}
         surplus = len(old) + 1 - max(limit, len(kept))
         for path in [path for path in old if path not in kept][: max(surplus, 0)]:
             _remove(path)
@@ -128,11 +145,11 @@ def damage(checkpoint: Path) -> str | None:
         they were written.
     """
     try:
-        listed = json.loads((checkpoint / FILES).read_text())
+        listed = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
         known = {str(name): (int(size), str(digest)) for name, (size, digest) in listed.items()}
     except FileNotFoundError:
         return f"{FILES} is missing"
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return f"{FILES} cannot be read"
     for name, (size, digest) in known.items():
         path = checkpoint / name
@@ -143,6 +160,8 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+        except ValueError:  # no name of a file
+            return f"{FILES} cannot be read"
     return None
 
 

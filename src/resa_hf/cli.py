@@ -1,12 +1,18 @@
 """The command line: `resa-hf COMMAND`. One table from command to module; a command's imports happen when it runs."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .explained import explained, reader_is_gone
+from .full_memory import is_out_of_memory, predicted_memory
+from .orphans import end_with_parent
 from .preemption import EXIT_CODE, Preempted, preemption_handled
+
+CLOSED_PIPE = 141  # 128 and the number of SIGPIPE, as of Ctrl-C it is 130
 
 COMMANDS = {
     "demo": "the whole way on the tiny reasoner that ships in the package: no network, no GPU",
@@ -36,7 +42,9 @@ def usage() -> str:
     lines = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
     return (
         f"usage: resa-hf COMMAND [--config FILE.yaml] [options]\n\ncommands:\n{lines}\n\n"
-        "resa-hf COMMAND --help tells a command's options."
+        "resa-hf COMMAND --help tells a command's options.\n\n"
+        f"status: 0 done, 2 to be mended by you, 130 after Ctrl-C, {EXIT_CODE} after SIGTERM. What was finished is "
+        "kept: the same command\ngoes on from there. In its folder, manifest.json tells each start."
     )
 
 
@@ -45,9 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: the exit status: 0; 2 for what the user can mend; 130 after Ctrl-C; 75 after SIGTERM, when a checkpoint
-        was written and the same command goes on from it.
+        was written and the same command goes on from it; 141 where what read its output has ended.
     """
+    if "LOCAL_RANK" in os.environ:  # of several that torchrun or accelerate has launched
+        end_with_parent()
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A question's characters may be none of the terminal's: no reason to end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -57,25 +70,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"resa-hf: unknown command {args[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    if strange := [word for word in args if any("\ud800" <= letter <= "\udfff" for letter in word)]:
+        print(
+            f"resa-hf {args[0]}: {strange[0]!r} is no text in {sys.getfilesystemencoding()}, in which this Python "
+            "reads its command line. Set PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8.",
+            file=sys.stderr,
+        )
+        return 2
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     module = importlib.import_module(f".commands.{args[0].replace('-', '_')}", __package__)
     try:
         with preemption_handled():
             module.main(args[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         # Messages for people. Whoever needs the trace sets this.
-        if os.environ.get("RESA_HF_TRACE"):
+        told = None if os.environ.get("RESA_HF_TRACE") else explained(error)
+        if told is None:
             raise
-        print(f"\nresa-hf {args[0]}: {error}", file=sys.stderr)
-        return 2
+        is_gone, is_full = reader_is_gone(error), is_out_of_memory(error)
     except KeyboardInterrupt:
         print(f"\nresa-hf {args[0]}: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
     except Preempted:
         print(f"\nresa-hf {args[0]}: stopped by SIGTERM; the same command goes on from here.", file=sys.stderr)
         return EXIT_CODE
-    return 0
+    else:
+        return 0
+    if is_gone:
+        print(f"\nresa-hf {args[0]}: what read its output has ended; what was finished is kept.", file=sys.stderr)
+        return CLOSED_PIPE
+    # Only now: the error held what had filled it.
+    predicted = (
+        predicted_memory(lambda: module.main([*args[1:], "--dry_run"])) if is_full and args[0] != "demo" else ""
+    )
+    print(f"\nresa-hf {args[0]}: {told}{predicted}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer
 
 from .errors import DataError, TrainingError
 from .late_flag import LateFlag
+from .not_finite import broken_weight
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -62,13 +63,21 @@ class Guarded(_Base):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Between the clipping, which has made the norm of all gradients, and the optimiser's step.
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = self._norm_of_all(super()._get_grad_norm(model, grad_norm))
         if self.accelerator.scaler is not None or norm is None:
             return norm
         if isinstance(norm, Tensor) and norm.device.type != "cpu":
             self._skip_unseen(model, norm)
         else:
             self._skip_seen(model, norm)
+        return norm
+
+    def _modules(self) -> list[nn.Module]:
+        """What training reads; overridden where that is more than the model."""
+        return [self.model]  # type: ignore[list-item]  # a module, once the trainer is made
+
+    def _norm_of_all(self, norm: Any) -> Any:
+        """Overridden where processes hold gradients that the others do not: all must leave out the same steps."""
         return norm
 
     def _skip_seen(self, model: nn.Module, norm: Tensor | float) -> None:
@@ -94,11 +103,16 @@ class Guarded(_Base):
         if self._in_a_row >= IN_A_ROW:
             place = Path(str(self.args.output_dir)) / f"batch-not-finite-{self.args.process_index}.safetensors"
             _save_batches(batches, place)
+            advice = (
+                f"Lower learning_rate (now {self.args.learning_rate}), set max_grad_norm, or look at the data; bf16 "
+                "or fp16 may overflow where float32 does not."
+            )
+            if broken := broken_weight(self._modules()):
+                advice = f"The cause: {broken}."
             raise TrainingError(
                 f"The gradient was not finite in {IN_A_ROW} steps in a row, up to step {self.state.global_step + 1}; "
-                f"none of them was taken. The last batch is in {place}. Lower learning_rate (now "
-                f"{self.args.learning_rate}), set max_grad_norm, or look at the data; bf16 or fp16 may overflow where "
-                "float32 does not. A rerun goes on from the last checkpoint."
+                f"none of them was taken. The last batch is in {place}. {advice} A rerun goes on from the last "
+                "checkpoint."
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -203,10 +217,25 @@ def check_token_ids(dataset: Any, model: nn.Module, name: str = "train_dataset")
     """
     if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
         return
-    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    known = bare.get_input_embeddings().weight.shape[0]
     parts = dataset.with_format("arrow", columns=["input_ids"]).iter(1000)
     largest = max((pc.max(pc.list_flatten(part["input_ids"])).as_py() or 0 for part in parts), default=0)
+    check_token_id(largest, model, name)
+
+
+def check_token_id(largest: int, model: nn.Module, name: str) -> None:
+    """
+    As [`check_token_ids`], of which this is the comparison.
+
+    Args:
+        largest (`int`): of the tokens that the model is to read.
+        model (`torch.nn.Module`): a transformers model, plain or PEFT-wrapped.
+        name (`str`): what the message calls the text.
+
+    Raises:
+        `DataError`: if the model has no embedding of it.
+    """
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    known = bare.get_input_embeddings().weight.shape[0]
     if largest >= known:
         raise DataError(
             f"{name} has the token {largest}, but the model has embeddings of {known:,} tokens (0 to {known - 1}): "

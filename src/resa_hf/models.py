@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .adapters import base_of_adapter, load_reasoning_adapter
-from .errors import IncompatibleAdapterError
+from .errors import IncompatibleAdapterError, ResaError
 from .places import Place, parse_place
 from .quantization import keep_layout, nf4_config
 from .truncation import drop_above, truncated
@@ -64,9 +64,11 @@ def load_causal_lm(
         model = _from_pretrained(base, dtype, load_in_4bit, cut)
         for upper in (*map(str, reversed(adapters)), *([] if adapter is None else [adapter])):
             model = load_reasoning_adapter(model, upper).merge_and_unload()
-    except OSError as error:
+    except (ValueError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # broken files break transformers in any way
         raise OSError(
-            f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {error}"
+            f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {_reason(error)}"
         ) from error
     if hookpoints and cut is None:
         drop_above(model, hookpoints)
@@ -110,9 +112,15 @@ def _from_pretrained(
 def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a model that `load_causal_lm` takes; an adapter's is that of its base."""
     base = _chain(_place(name, revision))[-1]
-    return AutoConfig.from_pretrained(
-        base.name, revision=base.revision, subfolder=base.subfolder or "", trust_remote_code=False
-    )
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            base.name, revision=base.revision, subfolder=base.subfolder or "", trust_remote_code=False
+        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise OSError(f"The configuration of model {name!r} cannot be read: {_reason(error)}") from error
+    return config
 
 
 def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
@@ -130,9 +138,17 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             place.name, revision=place.revision, subfolder=place.subfolder or "", trust_remote_code=False
         )
-    except OSError as error:
-        raise OSError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
+        tokenizer("a")  # some damage shows at the first text
+    except (ResaError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise OSError(f"The tokenizer of {name!r} cannot be loaded: {_reason(error)}") from error
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """An `OSError` says what is wrong; of others the text alone, such as a key's, may say nothing."""
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def _place(name: str, revision: str | None) -> Place:

@@ -2,37 +2,22 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainingArguments
 
-from .errors import TrainingError
+from .errors import MemoryFullError, TrainingError
+from .full_memory import is_out_of_memory, what_was_asked
 from .quantization import is_in_4bit
 
-# What torch says on the CPU, where it has no error of its own for it; and CUDA's libraries.
-_SAYINGS = (
-    "can't allocate memory",
-    "not enough memory",
-    "Cannot allocate memory",
-    "out of memory",
-    "ALLOC_FAILED",
-)
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, says that memory was full."""
-    cause: BaseException | None = error
-    while cause is not None:
-        full = isinstance(cause, torch.OutOfMemoryError | MemoryError)
-        if full or (isinstance(cause, RuntimeError) and any(saying in str(cause) for saying in _SAYINGS)):
-            return True
-        cause = cause.__cause__
-    return False
+    from .evaluation.engine import Sampling
 
 
 @contextlib.contextmanager
-def memory_explained(trainer: Trainer) -> Iterator[None]:
+def memory_explained(trainer: "Trainer") -> Iterator[None]:
     """
     Tells what would take less memory, where the block runs out of it.
 
@@ -50,13 +35,41 @@ def memory_explained(trainer: Trainer) -> Iterator[None]:
         changes = "".join(f"\n  {change}" for change in less_memory(trainer.args, _in_4bit(trainer)))
         raise TrainingError(
             f"Out of memory at step {trainer.state.global_step + 1}{_held(trainer.args.device)}: "
-            f"{str(error).partition('. ')[0].strip() or type(error).__name__}.\n"
+            f"{what_was_asked(error)}.\n"
             f"What takes less, by effect:{changes}\n`--dry_run` predicts the memory of each setting. A rerun goes on "
             "from the last checkpoint, in another --output_dir where settings differ."
         ) from error
 
 
-def less_memory(args: TrainingArguments, in_4bit: bool) -> list[str]:
+@contextlib.contextmanager
+def answers_explained(sampling: "Sampling", in_4bit: bool) -> Iterator[None]:
+    """
+    Tells what would take less memory, where the block, which generates a batch of answers, runs out of it.
+
+    Args:
+        sampling ([`~resa_hf.evaluation.engine.Sampling`]): its settings.
+        in_4bit (`bool`): whether the model is loaded in 4 bits already.
+
+    Raises:
+        `MemoryFullError`: with the settings to change.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        batch, limit = sampling.batch_size, sampling.max_new_tokens
+        changes = [f"batch_size: {batch // 2} (now {batch}), the same answers but for rounding"] if batch > 1 else []
+        changes += [] if in_4bit else ["load_in_4bit: true (now false)"]
+        changes += [f"max_new_tokens: {limit // 2} (now {limit}), shorter answers"] if limit > 256 else []
+        listed = "".join(f"\n  {change}" for change in changes)
+        raise MemoryFullError(
+            f"Out of memory while answering: {what_was_asked(error)}.\nWhat takes less, by effect:{listed}\n"
+            "Finished batches are kept; a rerun goes on from there, in another folder where settings differ."
+        ) from error
+
+
+def less_memory(args: "TrainingArguments", in_4bit: bool) -> list[str]:
     """
     Settings that take less memory than these, in the order of what they cost.
 
@@ -87,7 +100,7 @@ def less_memory(args: TrainingArguments, in_4bit: bool) -> list[str]:
     return changes
 
 
-def _in_4bit(trainer: Trainer) -> bool:
+def _in_4bit(trainer: "Trainer") -> bool:
     source: Any = vars(trainer).get("source")  # Stage I's model is its SAEs
     model: Any = trainer.model if source is None else source.model
     return is_in_4bit(model)

@@ -13,6 +13,23 @@ class PushToHub:
     checkpoint is pickles; `push_to_hub: true` pushes when `save_model` is called.
     """
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        Makes the repository, before anything is trained for it.
+
+        Args:
+            token (`str`, *optional*):
+                `None`: `args.hub_token`, or the saved one.
+            private (`bool`, *optional*):
+                `None`: `args.hub_private_repo`.
+
+        Raises:
+            `PublishError`: if the Hub does not let it be made, or does not answer.
+        """
+        from .hub.trainer_push import make_repo
+
+        make_repo(self, super().init_hf_repo, token, private)  # type: ignore[arg-type, misc]
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",

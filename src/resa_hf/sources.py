@@ -88,7 +88,7 @@ def _json_rows(path: Path, columns: dict[str, None]) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"Line {number} of {path} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"Line {number} of {path} is not a JSON object with one entry a column.")

@@ -11,7 +11,7 @@ from ..experiment.settings import RunArguments, RunSettings
 from ..experiment.sweep import HOOKPOINT, FeatureSettings, Point, Sweep, make_point, name_of
 from ..hookpoints import decoder_layers
 from ..models import load_skeleton
-from .recipe import SECTIONS, parse_settings, read_yaml, take_config
+from .recipe import SECTIONS, parse_settings, read_yaml, take_config, wrong_types_told
 
 _RESERVED = {"output_dir", "seeds", "processes", "arms", "features", *SECTIONS}
 
@@ -32,7 +32,8 @@ def parse_sweep(argv: Sequence[str], prog: str, description: str) -> Sweep:
     given, counted = recipe.pop("grid", None), recipe.pop("features", None)
 
     def parse(changed: Mapping[str, Any]) -> RunSettings:
-        return parse_settings(changed, flags, prog, description, str(path))
+        with wrong_types_told(str(path)):
+            return parse_settings(changed, flags, prog, description, str(path))
 
     if not given:
         parse(recipe)  # tells --help, and what else is wrong

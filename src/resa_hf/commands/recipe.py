@@ -1,9 +1,10 @@
 """Recipes and flags: YAML gives the values, flags win over it, and what nobody knows is an error."""
 
 import argparse
+import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -41,10 +42,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         `ValueError`: if it is not there, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"There is no recipe {path}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # Of a tag that does not fit, such as `!!int ''`, PyYAML says what its own code stumbled over.
         raise ValueError(f"The recipe {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         # A key named null becomes None.
@@ -66,9 +68,19 @@ def parse_flat(
     parser = TrlParser(list(types), prog=prog, description=description, allow_abbrev=False)
     rest, path = take_config(argv)
     recipe = read_yaml(path) if path else {}
-    _set_defaults(parser, recipe, str(path))
-    parsed = tuple(parser.parse_args_into_dataclasses(rest))
-    return parsed, _given(types, recipe, rest, str(path))
+    with wrong_types_told(str(path)):
+        _set_defaults(parser, recipe, str(path))
+        parsed = tuple(parser.parse_args_into_dataclasses(rest))
+        return parsed, _given(types, recipe, rest, str(path))
+
+
+@contextlib.contextmanager
+def wrong_types_told(where: str) -> Iterator[None]:
+    """YAML may hold a list where a number should be, which settings find out in many ways."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{where}: a value is not of the kind that its key takes: {error}.") from error
 
 
 def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | None = None) -> RunSettings:
@@ -85,7 +97,9 @@ def parse_run(argv: Sequence[str], prog: str, description: str, config: Path | N
     """
     rest, named = take_config(argv)
     path = named or config
-    return parse_settings(read_yaml(path) if path else {}, rest, prog, description, str(path))
+    recipe = read_yaml(path) if path else {}
+    with wrong_types_told(str(path)):
+        return parse_settings(recipe, rest, prog, description, str(path))
 
 
 def parse_settings(

@@ -13,7 +13,8 @@ from ..arguments import DataArguments
 from ..evaluation.cost import Cost, current_device
 from ..evaluation.movement import movement
 from ..evaluation.tables import finite
-from ..experiment.folder import claim, write_json
+from ..experiment.folder import claim, read_json, write_json
+from ..experiment.inputs import check_inputs
 from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, tokenize, told_of
 from ..experiment.report import versions
@@ -63,13 +64,15 @@ def run_stage(
         load_whole (callable, *optional*): of Stage I, as in `ce_recovered`.
 
     Raises:
-        `DataError`: if the stage was started in this folder with other settings or data.
+        `DataError`: if the stage was started in this folder with other settings, data, models or SAEs.
     """
     output = Path(str(trainer.args.output_dir))
     # Only now, when everything fits: a mistake that was found before is to be mended without another folder.
     claim(output, {"settings": settings, "data": told["fingerprint"]})
+    check_inputs(output, revisions)
     path = output / "report.json"
     if path.is_file():
+        read_json(path)  # not one that was cut
         return path  # finished before
     note_start(output, settings, told)
     seconds = train_from_last_checkpoint(trainer)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
 from ..errors import DataError
@@ -131,6 +132,8 @@ def load_benchmark(name: str) -> datasets.Dataset:
         dataset = datasets.Dataset.from_list([read(row) for row in rows])
     except KeyError as error:
         raise DataError(f"{source} is not {name}: it has no column {error}.") from error
+    except (AttributeError, TypeError, UnicodeError, pa.ArrowException) as error:
+        raise DataError(f"{source} is not {name}: a problem or an answer is no text ({error}).") from error
     if not len(dataset):
         raise DataError(f"{source} has no rows: there is nothing to evaluate {name} on.")
     _check(dataset, name, source, local=bool(folder))

@@ -14,7 +14,12 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from ..errors import AnswerError
+from ..not_finite import broken_weight
+
 Draw = Callable[[Tensor, list[int], int], Tensor]
+
+_NOTHING = -1  # the token drawn from logits that are not finite
 
 
 def decode(
@@ -34,6 +39,9 @@ def decode(
             Tokens that end a completion. They belong to it.
         limit (`int`):
             New tokens of a row at most.
+
+    Raises:
+        `AnswerError`: where logits are not finite.
     """
     found: list[list[int]] = [[] for _ in prompts]
     for step in decode_steps(model, prompts, draw, ends=ends, limit=limit):
@@ -54,13 +62,19 @@ def decode_steps(
         model ([`~transformers.PreTrainedModel`]), prompts (sequence of `tuple[int, ...]`), draw (`Callable`), ends
             (`set[int]`), limit (`int`):
             As in [`decode`].
+
+    Raises:
+        `AnswerError`: where logits are not finite.
     """
     cache, mask, logits = _prefill(model, prompts)
     position = mask.sum(1, keepdim=True) - 1
     rows = list(range(len(prompts)))
     for count in range(limit):
-        tokens = draw(logits, rows, count)
+        # Told with the tokens, for which the device is waited for anyway.
+        tokens = draw(logits, rows, count).masked_fill(~logits.amax(-1).isfinite(), _NOTHING)
         step = list(zip(rows, tokens.tolist(), strict=True))
+        if any(token == _NOTHING for _, token in step):
+            raise _not_finite(model, count)
         yield step
         going_on = [place for place, (_, token) in enumerate(step) if token not in ends]
         if not going_on or count + 1 == limit:
@@ -79,6 +93,14 @@ def decode_steps(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+
+
+def _not_finite(model: PreTrainedModel, count: int) -> AnswerError:
+    cause = broken_weight([model]) or f"all weights are finite, so that activations overflow in {model.dtype}"
+    return AnswerError(
+        f"{type(model).__name__} gave logits that are NaN or infinite after {count} new tokens, of which no token can "
+        f"be drawn: {cause}. Look at the model or adapter, or set another dtype. Answers finished before are kept."
+    )
 
 
 def _prefill(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor, Tensor]:

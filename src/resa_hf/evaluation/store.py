@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..writing import writing
 from .engine import Completion, Sampling
 
 Key = tuple[int, int]
@@ -51,8 +52,11 @@ class Store:
         if different:
             values = ", ".join(f"{key} {found.get(key)!r}, now {header.get(key)!r}" for key in sorted(different))
             raise DataError(f"{path} holds completions of another evaluation: {values}. Delete it, or name another.")
-        for line in lines:
-            self.done |= {(problem, sample): Completion(**kept) for problem, sample, kept in line["completions"]}
+        try:
+            for line in lines:
+                self.done |= {(problem, sample): _completion(kept) for problem, sample, kept in line["completions"]}
+        except (LookupError, TypeError, ValueError) as error:
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or not path.stat().st_size:
             self._append(header)
@@ -73,7 +77,7 @@ class Store:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self._path is not None
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -81,7 +85,18 @@ class Store:
 
 def stored_seconds(path: Path) -> float:
     """Seconds that the completions in a file took, those before an interruption included."""
-    return sum(line["seconds"] for line in _whole_lines(path)[1:])
+    try:
+        return float(sum(line["seconds"] for line in _whole_lines(path)[1:]))
+    except (LookupError, TypeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _completion(kept: dict[str, Any]) -> Completion:
+    made = Completion(**kept)
+    numbers = [made.length, *made.tokens]
+    if not isinstance(made.text, str) or not all(isinstance(number, int) for number in numbers):
+        raise TypeError(f"{kept!r:.80} is no completion")
+    return made
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -93,6 +108,13 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise DataError(f"{path} is damaged, and no store of completions: {error}. Delete it.") from error
+        lines = [json.loads(line) for line in whole.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if wrong := [number for number, line in enumerate(lines, start=1) if not isinstance(line, dict)]:
+        raise _damaged(path, f"line {wrong[0]} is no JSON object")
+    return lines
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(f"{path} is damaged, and no store of completions: {reason}. Delete it.")

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from peft import PeftModel
@@ -21,9 +20,10 @@ from ..evaluation.movement import movement
 from ..evaluation.store import stored_seconds
 from ..precision import runnable_device
 from .arms import BASE, Arm, Candidate
-from .folder import RunFolder, read_json, write_json, write_whole
+from .folder import RunFolder, read_json, reading_files, write_json, write_whole
 from .known import make_known, with_noise
 from .loading import answering_revisions, load_answering, load_answering_tokenizer, load_source, load_target
+from .prepare import read_rows
 from .settings import RunArguments, RunSettings
 from .stages import ADAPTER, tune
 
@@ -52,7 +52,7 @@ def run_arm(
     # What is chosen for an adapter must not depend on the sibling that it is moved to.
     run = replace(settings.run, evaluate_on=None) if split == SELECTION else settings.run
     tokenizer = load_answering_tokenizer(run)
-    questions = read_json(folder.data("questions.json"))[split]
+    questions = read_questions(folder.data("questions.json"), split)
     model = _arm_model(folder, replace(settings, run=run), arm, candidate, seed)
     if arm == BASE:
         write_json(place / REVISIONS, answering_revisions(run))
@@ -63,7 +63,7 @@ def run_arm(
     if isinstance(model, PeftModel):
         check_adapter(model, tokenizer, [questions[0]["prompt"]], allow_zero=arm.known == "zero_adapter")
         if unmoved:
-            write_json(place / MOVEMENT, movement(model, datasets.load_from_disk(folder.data("held_out"))))
+            write_json(place / MOVEMENT, movement(model, read_rows(folder.data("held_out"))))
     for name, temperature in wanted.items():
         sampling = Sampling(
             **{**vars(settings.sampling), "temperature": temperature, "seed": settings.sampling.seed + seed}
@@ -74,6 +74,19 @@ def run_arm(
             _answer_tasks(place, name, settings.run, engine, sampling)
         else:
             _answer_questions(place, name, questions, model, tokenizer, sampling)
+
+
+def read_questions(path: Path, split: str) -> list[dict[str, str]]:
+    """The questions of a split, as `prepare` wrote them into questions.json: `problem`, `answer`, `prompt`.
+
+    Raises:
+        `DataError`: if they are damaged.
+    """
+    with reading_files(path):
+        questions = [{key: row[key] for key in ("problem", "answer", "prompt")} for row in read_json(path)[split]]
+        if not questions or not all(isinstance(text, str) for row in questions for text in row.values()):
+            raise TypeError(f"what is asked in {split} is no text")
+        return questions
 
 
 def _arm_model(
@@ -149,7 +162,8 @@ def read_answers(place: Path, name: str) -> dict[str, dict[str, Any]]:
     """By task `correct`, `lengths`, `truncated`: arrays `[problems, samples]`; and `seconds`."""
     results = {}
     for path in sorted((place / "answers" / name).glob("*.jsonl")):
-        head, *rows = (json.loads(line) for line in path.read_text().splitlines())
-        arrays = {key: np.array([row[key] for row in rows]) for key in ("correct", "lengths", "truncated")}
-        results[head["task"]] = {"seconds": head["seconds"], **arrays}
+        with reading_files(path):
+            head, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            arrays = {key: np.array([row[key] for row in rows]) for key in ("correct", "lengths", "truncated")}
+            results[head["task"]] = {"seconds": head["seconds"], **arrays}
     return results

@@ -1,5 +1,6 @@
 """From a model and its SAEs to what their latents are and do: the work of `resa-hf features`, part by part."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -259,7 +260,7 @@ def examples_part(subject: Subject, hookpoint: str, latents: list[int]) -> list[
 
 
 class Parts:
-    """Parts of the work, each in a file once it is finished: a rerun reads it.
+    """Parts of the work, each in a file once it is finished: a rerun reads it, unless it is damaged.
 
     Args:
         root (`Path`): the output folder.
@@ -271,10 +272,20 @@ class Parts:
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
         """The result of `work`, as JSON holds it."""
         path = self._root / f"{name}.json"
-        if not path.is_file():
-            print(f"[{name}]", flush=True)
-            write_json(path, finite(json.loads(json.dumps(work(), default=_as_list))))
-        return read_json(path)
+        if path.is_file():
+            with contextlib.suppress(DataError, LookupError):
+                kept = read_json(path)
+                if kept["sha256"] == _sha256(kept["part"]):
+                    return kept["part"]
+            print(f"{path} is damaged, or of another version of resa-hf: it is made anew.", flush=True)
+        print(f"[{name}]", flush=True)
+        part = finite(json.loads(json.dumps(work(), default=_as_list)))
+        write_json(path, {"sha256": _sha256(part), "part": part})
+        return part
+
+
+def _sha256(part: Any) -> str:
+    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
 
 
 def _as_list(array: np.ndarray) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import reprlib
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import DataError
+from ..errors import DataError, ResaError
+from ..writing import writing
 from .arms import BASE, Arm, Candidate
 
 # What runs of a sweep share lies beside them in this folder, and each has a file that names its part of it.
 SHARED = "shared"
 _SHARED_NAMES = f"{SHARED}.json"
+_ANEW = "Delete it, and start the same command again: it makes it anew."
 MANIFEST = "manifest.json"
 
 
@@ -49,7 +52,10 @@ class RunFolder:
     def open(cls, root: Path) -> "RunFolder":
         """The folder of a run that was started before, alone or in a sweep."""
         path = root / _SHARED_NAMES
-        return cls.in_sweep(root, **read_json(path)) if path.is_file() else cls(root)
+        if not path.is_file():
+            return cls(root)
+        with reading_files(path):
+            return cls.in_sweep(root, **read_json(path))
 
     def note_shared(self) -> None:
         """Writes down what it shares, as [`RunFolder.open`] reads it."""
@@ -96,11 +102,14 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes on other machines, which may have the same id, write into one folder, too.
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with writing(path), draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -108,9 +117,46 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(content, indent=1))
 
 
-def read_json(path: Path) -> Any:
-    """Reads a file that `write_json` wrote."""
-    return json.loads(path.read_text())
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Reads a file that `write_json` wrote.
+
+    Args:
+        path (`Path`): the file.
+        kind (`type`, *optional*, defaults to `dict`): what it must hold.
+
+    Raises:
+        `DataError`: if it is damaged.
+        `OSError`: if it is not there.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or brackets without an end
+        raise DataError(f"{path} is damaged: {error}. {_ANEW}") from error
+    if not isinstance(content, kind):
+        raise DataError(f"{path} is damaged: it holds {reprlib.repr(content)}, and no {kind.__name__}. {_ANEW}")
+    return content
+
+
+@contextlib.contextmanager
+def reading_files(place: Path) -> Iterator[None]:
+    """Says that files are damaged where the block finds in them something else than was written.
+
+    Args:
+        place (`Path`): the file, or the folder of the files that the block reads.
+
+    Raises:
+        `DataError`: in the place of what a missing key, or a text where a number should be, raises.
+    """
+    try:
+        yield
+    except ResaError:
+        raise
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        what = "A file in " if place.is_dir() else ""
+        raise DataError(
+            f"{what}{place} is damaged, or of another version of resa-hf ({type(error).__name__}: {error}). {_ANEW} "
+            "With RESA_HF_TRACE=1 in the environment it shows where it was read."
+        ) from error
 
 
 def check_writable(folder: Path) -> None:
@@ -124,7 +170,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise DataError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
+        reason = "it is there, and no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise DataError(f"The output folder {folder} cannot be written: {reason}.") from error
 
 
 @contextlib.contextmanager
@@ -155,7 +202,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def _newest_start(folder: Path) -> str:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        start = read_json(folder / MANIFEST)[-1]
+        start = read_json(folder / MANIFEST, list)[-1]
         return f" (process {start['process']} on {start['host']}, started {start['started']})"
     return ""
 

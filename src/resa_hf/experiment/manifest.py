@@ -31,7 +31,7 @@ def note_start(folder: Path, settings: dict[str, Any], data: dict[str, Any] | No
     if int(os.environ.get("RANK", "0")):
         return
     path = folder / MANIFEST
-    starts = read_json(path) if path.is_file() else []
+    starts = read_json(path, list) if path.is_file() else []
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),

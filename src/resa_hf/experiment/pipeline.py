@@ -3,7 +3,9 @@
 from typing import Any
 
 from ..on_disk import rows_forgotten
-from .folder import RunFolder, alone_in, claim
+from ..provenance import base_revisions, sae_revision, source_revisions
+from .folder import RunFolder, alone_in, claim, reading_files
+from .inputs import check_inputs
 from .manifest import note_start
 from .overlap import training_overlap
 from .plan import plan, test_sizes
@@ -31,9 +33,14 @@ def run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
 
 def _run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]:
     claim(folder.root, as_plain(settings), free=free_sections(folder))
+    run = settings.run
+    read = base_revisions(run) | source_revisions(run, run) | sae_revision("sae", run.sae, run.sae_revision)
+    check_inputs(folder.root, read)
     data = prepare_run(folder, settings)
+    with reading_files(folder.data("data.json")):
+        told = describe(data)
     note_start(folder.root, as_plain(settings), data)
-    print(describe(data), flush=True)
+    print(told, flush=True)
     planned = plan(test_sizes(settings), len(settings.run.seeds))
     print(planned["text"], flush=True)
     overlap = training_overlap(settings.run)
@@ -44,11 +51,14 @@ def _run_experiment(folder: RunFolder, settings: RunSettings) -> list[ArmResult]
         run_jobs(text_jobs(settings), "Sampling text")
         choosing = choosing_jobs(settings)
         run_jobs(choosing, "Choosing learning rates")
-        chosen, chosen_by = choose_candidates(folder, settings, choosing)
+        with reading_files(folder.root):
+            chosen, chosen_by = choose_candidates(folder, settings, choosing)
         for jobs in arm_jobs(settings, chosen):
             run_jobs(jobs, "Stage II and answers")
-    results = collect(folder, settings, chosen)
-    print("\n" + write_report(folder, settings, results, data, chosen_by, planned, overlap))
+    with reading_files(folder.root):
+        results = collect(folder, settings, chosen)
+        text = write_report(folder, settings, results, data, chosen_by, planned, overlap)
+    print("\n" + text)
     return results
 
 

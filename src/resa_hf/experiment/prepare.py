@@ -17,7 +17,8 @@ from ..models import check_same_vocabulary, load_tokenizer
 from ..on_disk import BATCH, write_arrow
 from ..prose import load_prose
 from ..text import Template, TokenReport, add_text, evaluation_prompt, tokenize_and_pack, tokenize_documents
-from .folder import RunFolder, read_json, write_json
+from ..writing import writing
+from .folder import RunFolder, read_json, reading_files, write_json
 from .loading import load_answering_tokenizer
 from .settings import RunArguments
 
@@ -50,14 +51,16 @@ def prepare(
     trigger, trigger_qa = rows, qa
     if run.trigger_dataset is not None:
         trigger, trigger_qa = load_rows(replace(run, dataset=run.trigger_dataset, dataset_revision=None))
-    if folder.data("data.json").is_file():
+    if folder.data("data.json").is_file() and folder.data("questions.json").is_file():
         report: dict[str, Any] = read_json(folder.data("data.json"))
-        if (report["fingerprint"], report["trigger_fingerprint"]) != (qa.fingerprint, trigger_qa.fingerprint):
+        with reading_files(folder.data("data.json")):
+            before, has_prose = (report["fingerprint"], report["trigger_fingerprint"]), "prose" in report["tokens"]
+        if before != (qa.fingerprint, trigger_qa.fingerprint):
             raise DataError(
                 f"{run.dataset} has changed since the run in {folder.root} was started. Choose another "
                 "--output_dir, or delete the folder."
             )
-        if not prose or "prose" in report["tokens"]:
+        if not prose or has_prose:
             return report
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
     _check_tokenizers(run, tokenizer, source_teaches)
@@ -164,7 +167,7 @@ def _write_prose(
     folder: RunFolder, run: RunArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Any]:
     """Prose in rows as many and as long as those of the questions: an SAE that saw more would not be matched."""
-    questions = datasets.load_from_disk(folder.data("trigger" if run.trigger_dataset else "train"))
+    questions = read_rows(folder.data("trigger" if run.trigger_dataset else "train"))
     tokenized, _ = tokenize_text(load_prose(run.prose), run, tokenizer, max_length)
     available, tokens = (sum(len(ids) for ids in _token_rows(rows)) for rows in (tokenized, questions))
     if available < tokens:
@@ -218,8 +221,26 @@ def _questions(rows: datasets.Dataset, template: Template, tokenizer: PreTrained
 
 def save_rows(tokenized: datasets.Dataset, path: Path) -> None:
     """Writes rows of tokens into a folder, in the place of what is there."""
-    shutil.rmtree(path, ignore_errors=True)
-    tokenized.save_to_disk(path)
+    with writing(path):
+        shutil.rmtree(path, ignore_errors=True)
+        tokenized.save_to_disk(path)
+
+
+def read_rows(path: Path) -> datasets.Dataset:
+    """The rows that `save_rows` wrote.
+
+    Raises:
+        `DataError`: if they are damaged.
+    """
+    try:
+        rows = datasets.load_from_disk(path)
+        rows.data.table.validate(full=True)
+    except Exception as error:  # broken files break `datasets` and Arrow in any way
+        raise DataError(
+            f"The rows in {path} are missing or damaged ({type(error).__name__}: {error}). Delete {path.parent}, and "
+            "start the same command again: it makes them anew."
+        ) from error
+    return rows
 
 
 def describe(report: dict[str, Any]) -> str:

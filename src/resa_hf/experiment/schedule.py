@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import groupby
 from multiprocessing import get_context
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..errors import JobError
 from ..on_disk import rows_forgotten
+from ..orphans import end_with_parent
 from ..preemption import check_preemption, handle_preemption, preempting_workers
 from .arms import BASE, Arm, Candidate
 from .folder import RunFolder
@@ -136,8 +138,19 @@ def _run_in(
 ) -> None:
     futures = {pool.submit(_run_quietly, job, folder, settings): job for job in jobs}
     for future in tqdm(as_completed(futures), title, total=len(jobs), unit="job", disable=not jobs):
+        # Nobody knows then which job did it: all that are left fail.
+        if isinstance(error := future.exception(), BrokenProcessPool):
+            raise JobError(_killed(settings.run.processes)) from error
         with naming(futures[future]):
             future.result()
+
+
+def _killed(processes: int) -> str:
+    return (
+        "A worker process was killed in the middle of its job. Where nobody did that, the system has, because memory "
+        f"was full: set processes: {processes // 2} (now {processes}), or what takes less of it (--dry_run tells). "
+        "What was finished is kept, and a rerun goes on from there."
+    )
 
 
 def _quiet(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,10 +168,10 @@ def naming(job: Job) -> Iterator[None]:
 
 def start_worker(threads: int) -> None:
     """Settles a new process of a pool: its share of the cores, no life without ours, and no noise of the libraries."""
-    end_with_parent()
     import datasets
     import torch
 
+    end_with_parent()
     handle_preemption()
     torch.set_num_threads(threads)
     datasets.disable_progress_bars()
@@ -168,7 +181,7 @@ def start_worker(threads: int) -> None:
 
 def _run_quietly(job: Job, folder: RunFolder, settings: RunSettings) -> None:
     with (
-        (folder.root / "log.txt").open("a") as file,
+        (folder.root / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):

@@ -11,6 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from ..checkpoints import newest_whole, set_torn_aside
 from ..guards import unmoved
+from ..lost_loaders import loaders_explained
 from ..models import load_tokenizer
 from ..out_of_memory import memory_explained
 from ..preempted_training import saved_when_preempted
@@ -33,9 +34,9 @@ from ..tuning.config import SAETuningConfig
 from ..tuning.on_policy import OnPolicyTrainer, on_policy_config, on_policy_prompts
 from ..tuning.trainer import SAETuningTrainer
 from .arms import DATASET, STUDENT, Arm, Candidate
-from .folder import RunFolder, read_json, write_json
+from .folder import RunFolder, read_json, reading_files, write_json
 from .loading import load_sae_source, load_source, load_target
-from .prepare import training_questions
+from .prepare import read_rows, training_questions
 from .response_only import mark_responses
 from .sampled_text import TEXT, TOKENS
 from .settings import RunArguments, RunSettings
@@ -53,7 +54,7 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
         **{"report_to": "none", "save_strategy": "no", **settings.stage1}, output_dir=str(target / "run"), seed=seed
     )
     text = "prose" if source.endswith("-prose") else "trigger" if run.trigger_dataset else "train"
-    train, held_out = (datasets.load_from_disk(folder.data(name)) for name in (text, "held_out"))
+    train, held_out = (read_rows(folder.data(name)) for name in (text, "held_out"))
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
     read = base_revisions(run) if source.startswith("base") or not run.has_source else source_revisions(run, run)
     metadata = sae_metadata(read, _text_read(folder, run, text))
@@ -80,8 +81,9 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
 def _text_read(folder: RunFolder, run: RunArguments, text: str) -> Revision:
     if text == "prose":
         return {"name": local_name(run.prose), "commit": None}
-    read = data_revisions(read_json(folder.data("data.json")))
-    return read["trigger_dataset" if text == "trigger" else "dataset"]
+    path = folder.data("data.json")
+    with reading_files(path):
+        return data_revisions(read_json(path))["trigger_dataset" if text == "trigger" else "dataset"]
 
 
 class _KeepAdapters(TrainerCallback):
@@ -131,7 +133,8 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
     read = base_revisions(run) | (source_revisions(run, run) if args.kl_reference == "source" else {})
     text = read_json(folder.text(arm.text, seed) / TEXT) if arm.text not in (DATASET, STUDENT) else None
     if text is not None:
-        read |= text["revisions"]
+        with reading_files(folder.text(arm.text, seed) / TEXT):
+            read |= text["revisions"]
     if arm.sae_from == "pretrained":
         read |= sae_revision("sae", args.sae, args.sae_revision)
     places = {step: folder.arm(arm, Candidate(candidate.rate, step), seed) / ADAPTER for step in steps}
@@ -148,7 +151,7 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
 
 def _trainer(folder: RunFolder, run: RunArguments, arm: Arm, args: SAETuningConfig) -> SAETuningTrainer:
     rows = folder.data("train") if arm.text == DATASET else folder.text(arm.text, args.seed) / TOKENS
-    train, held_out = (datasets.load_from_disk(path) for path in (rows, folder.data("held_out")))
+    train, held_out = (read_rows(path) for path in (rows, folder.data("held_out")))
     tokenizer = load_tokenizer(run.model_name_or_path, revision=run.model_revision)
     if args.completion_only_loss:
         prompts = [question["prompt"] for question in training_questions(run, tokenizer)]
@@ -173,7 +176,7 @@ def _on_policy_trainer(folder: RunFolder, settings: RunSettings, args: SAETuning
         load_source(run),
         on_policy_config(args, top_p=sampling.top_p, max_new_tokens=sampling.max_new_tokens),
         train_dataset=on_policy_prompts(prompts, tokenizer, args),
-        eval_dataset=datasets.load_from_disk(folder.data("held_out")),
+        eval_dataset=read_rows(folder.data("held_out")),
         processing_class=tokenizer,
         peft_config=run.lora_config(),
     )
@@ -260,9 +263,9 @@ def train_from_last_checkpoint(trainer: Trainer, every: int = 1) -> float:
         trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(trainer)
     told = None if checkpoint is None else Path(checkpoint, SECONDS)
-    clock = _Resumable(read_json(told) if told is not None and told.is_file() else 0.0)
+    clock = _Resumable(read_json(told, float) if told is not None and told.is_file() else 0.0)
     trainer.add_callback(clock)
-    with saved_when_preempted(trainer, every), memory_explained(trainer):
+    with saved_when_preempted(trainer, every), memory_explained(trainer), loaders_explained(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     return clock.seconds
 

@@ -20,7 +20,7 @@ from ..arguments import LoraArguments, SourceArguments
 from ..errors import JobError
 from ..preemption import preempting_workers
 from .arms import BASE
-from .folder import SHARED, RunFolder, check_writable, claim, read_json
+from .folder import SHARED, RunFolder, check_writable, claim, read_json, reading_files
 from .pipeline import prepare_run, run_experiment
 from .report import as_plain
 from .schedule import Job, naming, stage1_jobs, start_worker
@@ -218,7 +218,9 @@ def _answer_as_base(point: Point, seed: int) -> None:
 
 def _claim_base(point: Point) -> None:
     # Data may have changed under the same name between two points.
-    data = {"fingerprint": read_json(point.folder.data("data.json"))["fingerprint"]}
+    path = point.folder.data("data.json")
+    with reading_files(path):
+        data = {"fingerprint": read_json(path)["fingerprint"]}
     claim(point.shared / point.base, _base_settings(point.settings) | {"data": data})
 
 
@@ -268,7 +270,7 @@ def _work(sweep: Sweep, since: float) -> dict[str, str]:
 
 def _work_quietly(sweep: Sweep, since: float) -> dict[str, str]:
     with (
-        (sweep.root / "log.txt").open("a") as file,
+        (sweep.root / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):

@@ -12,7 +12,7 @@ from ..evaluation.plot import plot_comparison
 from ..evaluation.tables import finite, markdown, points, reading
 from .arms import BASE
 from .best_of import BestOf, best_lines, best_of
-from .folder import write_json, write_whole
+from .folder import reading_files, write_json, write_whole
 from .report import as_plain, cost_table, kind_of_accuracy, on_choosing, plain_result, read_costs, versions
 from .results import answers_of
 from .sweep import Point, Sweep, shown
@@ -34,7 +34,9 @@ def report_once(sweep: Sweep, failed: Mapping[str, str], since: float) -> None:
     path = sweep.root / "report.json"
     with FileLock(sweep.root / "locks" / "report.lock"):
         if len(failed) < len(sweep.points) and not (path.is_file() and path.stat().st_mtime >= since):
-            print("\n" + write_sweep_report(sweep, failed))
+            with reading_files(sweep.root):
+                text = write_sweep_report(sweep, failed)
+            print("\n" + text)
     if failed:
         told = "\n".join(f"  {name}: {why}" for name, why in failed.items())
         raise JobError(f"{len(failed)} of {len(sweep.points)} points failed:\n{told}\nA rerun tries them again.")

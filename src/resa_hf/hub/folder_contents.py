@@ -1,11 +1,15 @@
 """What a folder holds that can be published: an adapter, SAEs, and what their reports say of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import PublishError
+from huggingface_hub.errors import HFValidationError
+from jinja2 import TemplateError
+
+from ..errors import PublishError, ResaError
 from ..escaping import without_token
 from ..experiment.arms import Arm, Candidate, run_recipe
 from ..experiment.folder import RunFolder, read_json
@@ -62,13 +66,8 @@ def find(folder: Path, *, arm: str | None = None, seed: int | None = None, evalu
         raise PublishError(f"There is no folder {folder}.")
     report = read_report(folder / REPORT) if (folder / REPORT).is_file() else None
     if report is not None and "arms" in report:
-        try:
+        with reading_reports(folder):
             found = _in_run(folder, report, arm, seed)
-        except (KeyError, TypeError) as error:
-            raise PublishError(
-                f"{folder / REPORT} is damaged, or of another version of resa-hf: {error!r}. Run the same command "
-                "again: it repeats nothing but the report."
-            ) from error
     elif arm is not None or seed is not None:
         raise PublishError(f"--arm and --seed choose among the arms of a run, and {folder} holds none.")
     else:
@@ -82,6 +81,20 @@ def find(folder: Path, *, arm: str | None = None, seed: int | None = None, evalu
     return replace(
         found, record=replace(found.record, evaluation=measured, evaluated_as=name), evaluation=evaluation.parent
     )
+
+
+@contextmanager
+def reading_reports(folder: Path) -> Iterator[None]:
+    """Says that a report is damaged where the block finds in it something else than it should hold."""
+    try:
+        yield
+    except (ResaError, HFValidationError):
+        raise
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError, TemplateError) as error:
+        raise PublishError(
+            f"{folder / REPORT}, or another of our JSON files that it tells of, is damaged or of another version of "
+            f"resa-hf: {error!r}. Run the same command again: it repeats nothing but the report."
+        ) from error
 
 
 def read_report(path: Path) -> dict[str, Any]:

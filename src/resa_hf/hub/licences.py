@@ -207,7 +207,7 @@ def _metadata(name: str, repo_type: str, revision: str | None, token: str | None
         return {}
     except httpx.HTTPError:
         raise _unread(name) from None
-    except (ValueError, yaml.YAMLError, RecursionError):
+    except (ValueError, yaml.YAMLError, LookupError, AttributeError, TypeError, RecursionError):
         return {}  # not a card's metadata
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo
 from ..errors import PublishError
 from .adapter_repo import stage_adapter, with_base, write_card
 from .arguments import PublishArguments
-from .folder_contents import Found, find
+from .folder_contents import Found, find, reading_reports
 from .merged_repo import stage_merged
 from .record import Record
 from .sae_repo import stage_saes
@@ -37,10 +37,12 @@ def publish(args: PublishArguments, *, dry_run: bool = False) -> list[CommitInfo
     if dry_run:
         # The folder stays as it is: it may be read-only.
         with tempfile.TemporaryDirectory() as temporary:
-            _, stages = _staged(args, Path(temporary))
+            with reading_reports(Path(args.folder)):
+                _, stages = _staged(args, Path(temporary))
             print("\n\n".join(_described(repo_id, stage) for repo_id, stage in stages.items()))
         return []
-    found, stages = _staged(args, Path(args.folder))
+    with reading_reports(Path(args.folder)):
+        found, stages = _staged(args, Path(args.folder))
     for repo_id in stages:
         prepare_repo(repo_id, private=args.private)
     commits: list[CommitInfo] = []

@@ -18,7 +18,7 @@ from ..experiment.folder import read_json, write_json
 from ..sae.autoencoder import SAELensSAE, TopKSAE
 from ..sae.checkpoint import load_sae, save_sae
 from ..sae.layouts import CONFIG_FILE, SPARSIFY_WEIGHTS
-from .folder_contents import Found, find, own_saes
+from .folder_contents import Found, find, own_saes, reading_reports
 from .licence_files import add_licence_files
 from .licences import Licence, check_name, licence_of
 from .staging import staged, write_evidence
@@ -76,8 +76,9 @@ def push_sae_to_hub(
                 if one.hookpoint not in (None, hookpoint):
                     raise PublishError(f"The SAE of {hookpoint!r} says that it is one of {one.hookpoint!r}.")
                 save_sae(one, folder / _checked(hookpoint))
-        found = find(folder)
-        with staged(folder, repo_id) as stage:
+        with reading_reports(folder):
+            found = find(folder)
+        with staged(folder, repo_id) as stage, reading_reports(folder):
             stage_saes(stage, repo_id, found.trained_with or found, sparsify=sparsify, token=token)
         return upload(stage, repo_id, private=private, branch=revision, message=commit_message, token=token)
 

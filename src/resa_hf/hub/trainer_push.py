@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,13 @@ def push(
     call = partial(upload, stage, repo_id, private=bool(private), message=message, token=token)
     call = partial(call, branch=revision or args.hub_revision)
     return call() if blocking else HfApi().run_as_future(call)
+
+
+def make_repo(trainer: Trained, make: Callable[..., None], token: str | None, private: bool | None) -> None:
+    """The work of [`~resa_hf.pushing.PushToHub.init_hf_repo`]; `make` is the Trainer's own."""
+    name = trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).absolute().name
+    with publish_errors(f"The repository {name}, of push_to_hub, cannot be made.", token or trainer.args.hub_token):
+        patiently(partial(make, token, private))
 
 
 def write_draft(trainer: Trained) -> None:

@@ -206,5 +206,5 @@ def _stale(api: HfApi, repo_id: str, commit: str, there: Mapping[str, RepoFile],
     path = Path(api.hf_hub_download(repo_id, MANIFEST, revision=commit, repo_type=repo_type))
     try:
         return [name for name in json.loads(path.read_text())["files"] if name in there]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise PublishError(f"{MANIFEST} in {repo_id} is damaged. Delete it there, then run again.") from None

@@ -24,11 +24,13 @@ class PromptReport:
         rows (`int`): looked at.
         unverifiable (`int`): left out, because no answer could be compared with their gold.
         too_long (`int`): left out, because the prompt is longer than `max_prompt_length`.
+        largest_token (`int`): in any prompt that is not left out.
     """
 
     rows: int
     unverifiable: int
     too_long: int
+    largest_token: int
 
     @property
     def kept(self) -> int:
@@ -72,13 +74,15 @@ def prompt_rows(
                 prompt = evaluation_prompt(problem, template=template, tokenizer=tokenizer)
                 if not is_verifiable(answer):
                     counts["unverifiable"] += 1
-                elif len(encode_prompt(prompt, tokenizer)) > max_prompt_length:
+                elif len(tokens := encode_prompt(prompt, tokenizer)) > max_prompt_length:
                     counts["too_long"] += 1
                 else:
+                    counts["largest_token"] = max((counts["largest_token"], *tokens))
                     yield [trl_prompt(prompt, tokenizer), problem, answer]
 
     made = write_arrow(kept(), _COLUMNS)
-    report = PromptReport(counts["rows"], counts["unverifiable"], counts["too_long"])
+    names = ("rows", "unverifiable", "too_long", "largest_token")
+    report = PromptReport(*(counts[name] for name in names))
     if not len(made):
         raise DataError(f"There is nothing to train on: {report.describe()}")
     return made, report

@@ -13,11 +13,12 @@ from ..checkpoints import WholeCheckpoints
 from ..evaluation.cost import Cost, current_device
 from ..evaluation.tables import finite, markdown
 from ..experiment.folder import check_settings, check_writable, claim, write_json, write_whole
+from ..experiment.inputs import INPUTS, check_inputs
 from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, told_of
 from ..experiment.report import versions
 from ..experiment.stages import train_from_last_checkpoint, warned_of
-from ..guards import Guarded
+from ..guards import Guarded, check_token_id
 from ..models import load_causal_lm, load_tokenizer
 from ..places import parse_place
 from ..provenance import base_revisions, data_revisions
@@ -58,11 +59,15 @@ def train_rl(
         check_settings(output, settings)
         return path  # finished before
     trainer = _trainer(model_args, lora, args, train, tokenizer)
+    check_token_id(told["largest_token"], trainer.model, "A prompt")  # type: ignore[arg-type]  # made by now
     keep = KeepSteps(trainer, output / STEPS, args.checkpoints or [], held_out)
     trainer.add_callback(keep)
     begun = any(output.glob("checkpoint-*")) or any(output.glob(f"{STEPS}/*"))
     # Until a step is kept, a mistake that shows when training begins is to be mended in the same folder.
     claim(output, settings, free=() if begun else ("settings",))
+    if not begun:
+        (output / INPUTS).unlink(missing_ok=True)
+    check_inputs(output, base_revisions(model_args))
     note_start(output, given, told)
     seconds = train_from_last_checkpoint(trainer, args.steps_between_generations)
     trainer.save_model()
@@ -139,7 +144,7 @@ def _read(
         measured, _ = tokenize_documents(text, tokenizer, 2048)
     train, prompts = prompt_rows(rows, data.template, tokenizer, args.max_prompt_length)
     told["prompts"] = prompts.describe()
-    told |= {"unverifiable": prompts.unverifiable, "too_long": prompts.too_long}
+    told |= {name: getattr(prompts, name) for name in ("unverifiable", "too_long", "largest_token")}
     for name in ("rows", "prompts"):
         print(f"{name}: {told[name]}", flush=True)
     return train, measured, told

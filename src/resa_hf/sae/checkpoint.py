@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from ..downloads import hub_errors
 from ..errors import IncompatibleSAEError
 from ..places import Place, check_inside, parse_place
+from ..writing import writing
 from .autoencoder import SAELensSAE, TopKSAE
 from .layouts import CONFIG_FILE, SAE_LENS_WEIGHTS, SPARSIFY_WEIGHTS, read_sae, sae_lens_hook_name
 
@@ -115,15 +116,13 @@ def save_sae(sae: TopKSAE | SAELensSAE, folder: str | os.PathLike[str]) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(sae).items()}
     config = json.dumps(_config(sae), indent=2)
     folder = Path(folder)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             save_file(weights, Path(temporary) / SAE_LENS_WEIGHTS, metadata={"format": "pt"})
             (Path(temporary) / CONFIG_FILE).write_text(config, encoding="utf-8")
             for name in (SAE_LENS_WEIGHTS, CONFIG_FILE):
                 os.replace(Path(temporary) / name, folder / name)
-    except OSError as error:
-        raise type(error)(error.errno, f"The SAE cannot be saved: {error.strerror}", str(folder)) from error
 
 
 def _state(sae: TopKSAE | SAELensSAE) -> dict[str, torch.Tensor]:

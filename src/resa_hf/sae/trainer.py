@@ -238,8 +238,19 @@ class SAETrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, ResumableSAE
         for hookpoint, sae in self.saes.items():
             weight = batch.weights[hookpoint]
             x = batch.activations[hookpoint].float().masked_fill((weight == 0).unsqueeze(-1), 0)
-            sae.b_dec.copy_(self._add(x.sum(dim=0)) / self._add(weight.sum()).clamp(min=1))
+            mean = self._add(x.sum(dim=0)) / self._add(weight.sum()).clamp(min=1)
+            if not mean.isfinite().all():
+                return  # this step is left out, and the next batch asked
+            sae.b_dec.copy_(mean)
         self._b_dec_pending = False
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.source.model, *super()._modules()]
+
+    def _norm_of_all(self, norm: Any) -> Any:
+        if not self.share.spread:
+            return norm
+        return self._sum(torch.as_tensor(norm, device=self.args.device) ** 2) ** 0.5
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each SAE's statistics to the logs of a training step."""
@@ -254,9 +265,6 @@ class SAETrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, ResumableSAE
                 }
                 for hookpoint, (squared_error, variance, active, tokens) in zip(self.saes, window, strict=True)
             }
-            if self.share.spread and "grad_norm" in logs:
-                square = torch.tensor(logs["grad_norm"] ** 2, device=self.args.device)
-                logs["grad_norm"] = float(self._sum(square)) ** 0.5
             for hookpoint, values in self.share.of_all(told).items():
                 logs |= {f"{name}/{hookpoint}": value for name, value in values.items()}
             logs["tokens_seen"] = int(self.progress.tokens_seen)

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import TrainingError
 from ..hookpoints import backbone
 from ..modes import evaluating
+from ..not_finite import broken_weight
 from ..sae.totals import wide_dtype
 
 
@@ -99,6 +101,9 @@ def _prove(model: PreTrainedModel, head: LMHead) -> None:
     with evaluating(model):
         hidden = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
         expected = model(input_ids=tokens, use_cache=False).logits[0].to(torch.float32)
+    if not expected.isfinite().all():
+        cause = broken_weight([model]) or f"all weights are finite, so that activations overflow in {model.dtype}"
+        raise TrainingError(f"{type(model).__name__} gives logits that are NaN or infinite: {cause}.")
     # Half precision rounds each logit to about 2^-8 of its size.
     tolerance = 1e-4 if head.weight.dtype.itemsize >= 4 else 2e-2
     if not torch.allclose(

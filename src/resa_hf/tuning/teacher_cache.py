@@ -18,6 +18,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ..writing import writing
+
 
 def row_key(input_ids: Sequence[int]) -> str:
     """What a row is known by: a hash of its tokens, whatever its place in an epoch."""
@@ -102,7 +104,7 @@ class TeacherCache:
                     f"{room / 1e9:,.2f} GB free: name another folder, or leave teacher_cache out."
                 )
             self.path.unlink(missing_ok=True)
-        with open(self.path, "a+b") as file:
+        with writing(self.path), open(self.path, "a+b") as file:
             # All room at once: a map that finds none later ends the process without a word.
             if sys.platform == "linux":
                 os.posix_fallocate(file.fileno(), 0, self.bytes)

@@ -328,6 +328,10 @@ class SAETuningTrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, SFTTra
     def _metrics_of_mode(self) -> StepMetrics:
         return self._step_metrics["train" if self.model.training else "eval"]
 
+    def _modules(self) -> list[nn.Module]:
+        others = (self._source, self._insertion)
+        return [*super()._modules(), *(module for module in others if module is not None)]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if not self._plain_sft:
