@@ -10,6 +10,8 @@ lie in the output folder, by the parser's name.
 
 import argparse
 import contextlib
+import faulthandler
+import itertools
 import os
 import re
 import resource
@@ -20,10 +22,12 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import conftest  # noqa: F401  # no network, one thread
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -37,6 +41,7 @@ _BATCH = 100  # cases in a process
 _MEMORY = 2**31  # bytes that a process may take beyond what it has
 OURS = tuple(kind for kind in vars(errors).values() if isinstance(kind, type))
 KINDS = ("accepted", "ours", "shown", "crashes")
+ENDED = ("hang", "signal")
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,14 @@ def fuzz(parser: Parser, whole: Path, crashed: Path, *, seconds: float, cases: i
         number (`int`): the seed.
     """
     outcome, until = Outcome(), time.monotonic() + seconds
-    while time.monotonic() < until and (done := sum(outcome.counts.values())) < cases:
+    batch = skipped = 0
+    while time.monotonic() < until and sum(outcome.counts.values()) < cases:
+        size = min(_BATCH, cases - sum(outcome.counts.values()) + skipped)
         with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
-            told = _batch(parser, whole, Path(place), until, min(_BATCH, cases - done), hash((number, done)))
+            told = _batch(parser, whole, Path(place), until, range(skipped, size), hash((number, batch)))
+            # What ended its process did not end the batch: the cases behind it come next.
+            is_over = not told or not told[-1][0].startswith(ENDED)
+            batch, skipped = (batch + 1, 0) if is_over else (batch, skipped + len(told))
             for kind, file in told:
                 if kind in KINDS:
                     outcome.counts[kind] += 1
@@ -129,7 +139,7 @@ def fuzz(parser: Parser, whole: Path, crashed: Path, *, seconds: float, cases: i
 
 
 def _batch(
-    parser: Parser, whole: Path, place: Path, until: float, cases: int, number: int
+    parser: Parser, whole: Path, place: Path, until: float, cases: range, number: int
 ) -> list[tuple[str, bytes]]:
     """Cases in a process of their own: what came of each, and the file, of those that crashed."""
     reading, writing = os.pipe()
@@ -152,7 +162,7 @@ def _batch(
             # On a busy machine it may wait for a core.
             waited = time.monotonic() - since
             if waited > 12 * HANG or (waited > HANG and _seconds(child) - spent > HANG):
-                end = f"hang: more than {HANG} s"
+                end = f"{ENDED[0]}: more than {HANG} s"
             continue
         spent, since = _seconds(child), time.monotonic()
         received = os.read(reading, 2**16)
@@ -166,7 +176,7 @@ def _batch(
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        how = end if end != "ended" else f"signal {signal.Signals(os.WTERMSIG(status)).name}"
+        how = end if end != "ended" else f"{ENDED[1]}: {signal.Signals(os.WTERMSIG(status)).name}"
         told.append((how, _last(place)))
     return told
 
@@ -182,12 +192,13 @@ def _last(place: Path) -> bytes:
 
 
 def _work(
-    parser: Parser, whole: Path, place: Path, until: float, cases: int, number: int, tell: "os.PathLike[str]"
+    parser: Parser, whole: Path, place: Path, until: float, cases: range, number: int, tell: TextIO
 ) -> None:
     _quiet(place)
+    drawn = itertools.count()
 
     def each(changes: list[Change]) -> None:
-        if time.monotonic() > until:
+        if next(drawn) < cases.start or time.monotonic() > until:
             return
         folder = place / "folder"
         shutil.rmtree(folder, ignore_errors=True)
@@ -197,7 +208,7 @@ def _work(
         (place / "case").write_bytes(broken)
         tell.write(verdict(parser, folder) + "\n")
 
-    draw(parser, each, cases, number)
+    draw(parser, each, cases.stop, number)
 
 
 def draw(parser: Parser, each: Callable[[list[Change]], None], cases: int, number: int) -> None:
@@ -211,9 +222,8 @@ def draw(parser: Parser, each: Callable[[list[Change]], None], cases: int, numbe
 
 def _quiet(place: Path) -> None:
     """What parsers print goes nowhere, and a bomb goes off as an error."""
-    import warnings
-
     warnings.simplefilter("ignore")
+    faulthandler.disable()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)

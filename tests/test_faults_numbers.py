@@ -280,18 +280,21 @@ FULL = {
     ),
     "Stage II": (
         ["tune", *STAGE, "--kl_weight", "0", "--sft_weight", "1", "--per_device_train_batch_size", "4000",
+         "--limit", "3000",
          "--max_length", "512"], 3500,
         ("Out of memory at step 1", "per_device_train_batch_size: 2000 (now 4000)", "Predicted memory",
          " + activations ", " + loss and backward ", " + adapter "),
         ["--per_device_train_batch_size", "4"],
     ),
     "evaluation": (
-        ["evaluate", "--samples", "200", "--batch_size", "8000", "--temperature", "1.0", "--top_p", "1.0"], 2600,
-        ("Out of memory while answering", "batch_size: 4000 (now 8000)", " + cache "), ["--batch_size", "50"],
+        ["evaluate", "--samples", "200", "--batch_size", "8000", "--temperature", "1.0", "--top_p", "1.0",
+         "--dtype", "float32"], 2600,
+        ("Out of memory while answering", "batch_size: 4000 (now 8000)", " + cache "),
+        ["--batch_size", "50", "--max_problems", "2", "--samples", "2"],
     ),
     "loading a model": (
         ["evaluate", "--samples", "1", "--temperature", "1.0", "--top_p", "1.0"], 2500,
-        ("Out of memory: ", "load_in_4bit: true", "Predicted memory", "model 0.38"), [],
+        ("Out of memory: ", "load_in_4bit: true", "Predicted memory", "model 0.38"), ["--max_problems", "2"],
     ),
 }  # fmt: skip
 
@@ -322,7 +325,6 @@ def test_memory_that_is_full_is_told_in_one_message_with_what_takes_less(tmp_pat
     message = done.stderr[done.stderr.rfind("\nresa-hf ") :]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert all(part in message for part in told), message
-    again = run(limit if change else 16_000, "less", *change)
+    again = run(16_000 if words[0] == "evaluate" else limit, "less", *change)
     assert again.returncode == 0, again.stderr[-2000:]
-    kept = "the folder; with what takes less, under the same limit, it ends" if change else "with more memory it ends"
-    fault(f"out of memory (ulimit -v), {where}", told=message.strip(), kept=kept)
+    fault(f"out of memory (ulimit -v), {where}", told=message.strip(), kept="the folder; with what takes less it ends")

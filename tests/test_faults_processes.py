@@ -66,7 +66,8 @@ def messages(printed):
 
 
 def steps_skipped(folder):
-    return json.loads((folder / "report.json").read_text())["log"][-1].get("skipped_steps", 0)
+    log = json.loads((folder / "report.json").read_text())["log"]
+    return max(entry.get("skipped_steps", 0) for entry in log)
 
 
 def results(folder):

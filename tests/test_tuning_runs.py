@@ -63,6 +63,26 @@ def test_resumed_run_ends_with_the_same_adapter_bit_for_bit(tmp_path, control):
     assert losses[0] == losses[1]
 
 
+def test_a_resumed_run_counts_the_tokens_of_all_its_parts(tmp_path):
+    def trainer(folder, steps):
+        # The checkpoint stands between two logs.
+        return make_trainer(
+            moved_adapter(tiny_model(dtype=torch.float32), moved=False), folder, sae=tiny_sae(torch.float32),
+            dataset=ragged_dataset(), per_device_train_batch_size=2, max_steps=steps, logging_steps=2,
+            save_strategy="steps", save_steps=3,
+        )  # fmt: skip
+
+    whole = trainer(tmp_path / "whole", 8)
+    whole.train()
+    trainer(tmp_path / "parts", 3).train()
+    resumed = trainer(tmp_path / "parts", 8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
+    told = [{e["step"]: e["num_tokens"] for e in run.state.log_history if "loss" in e} for run in (whole, resumed)]
+    rows = ragged_dataset()["input_ids"]
+    assert len(rows) == 8 and told[0][8] == 2 * sum(map(len, rows))  # eight steps of two rows are two epochs
+    assert {step: told[1][step] for step in (4, 6, 8)} == {step: told[0][step] for step in (4, 6, 8)}
+
+
 def test_logs(tmp_path):
     peft, sae, batch = moved_adapter(tiny_model(), moved=False), tiny_sae(), batch_of(padded=False)
     expected, grads = naive_gradients(peft, sae=sae, batch=batch)

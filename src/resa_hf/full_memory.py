@@ -19,6 +19,7 @@ _SAYINGS = (
     "ALLOC_FAILED",
     "can't start new thread",
     "failed to map segment",
+    "could not create a primitive",  # oneDNN, which says no more
 )
 
 

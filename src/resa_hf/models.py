@@ -64,12 +64,10 @@ def load_causal_lm(
         model = _from_pretrained(base, dtype, load_in_4bit, cut)
         for upper in (*map(str, reversed(adapters)), *([] if adapter is None else [adapter])):
             model = load_reasoning_adapter(model, upper).merge_and_unload()
-    except (ValueError, torch.OutOfMemoryError, MemoryError):
+    except (ResaError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # broken files break transformers in any way
-        raise OSError(
-            f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded: {_reason(error)}"
-        ) from error
+        raise _unread(f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded", error) from error
     if hookpoints and cut is None:
         drop_above(model, hookpoints)
     if merges:
@@ -116,10 +114,8 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             base.name, revision=base.revision, subfolder=base.subfolder or "", trust_remote_code=False
         )
-    except (ValueError, OSError):
-        raise
     except Exception as error:
-        raise OSError(f"The configuration of model {name!r} cannot be read: {_reason(error)}") from error
+        raise _unread(f"The configuration of model {name!r} cannot be read", error) from error
     return config
 
 
@@ -142,13 +138,15 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     except (ResaError, MemoryError):
         raise
     except Exception as error:  # tokenizers raises nothing narrower
-        raise OSError(f"The tokenizer of {name!r} cannot be loaded: {_reason(error)}") from error
+        raise _unread(f"The tokenizer of {name!r} cannot be loaded", error) from error
     return tokenizer
 
 
-def _reason(error: Exception) -> str:
-    """An `OSError` says what is wrong; of others the text alone, such as a key's, may say nothing."""
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+def _unread(what: str, error: Exception) -> ValueError | OSError:
+    """An error that names the model. Errors for people say what is wrong; of others the text alone may say nothing."""
+    if isinstance(error, ValueError):
+        return ValueError(f"{what}: {error}")
+    return OSError(f"{what}: {error if isinstance(error, OSError) else f'{type(error).__name__}: {error}'}")
 
 
 def _place(name: str, revision: str | None) -> Place:

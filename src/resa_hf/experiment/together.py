@@ -77,7 +77,8 @@ def _attempt(task: Task, places: Path, since: float) -> str | None:
     try:
         with FileLock(places / f"{task.name}.lock", timeout=0):
             if marker.is_file() and marker.stat().st_mtime >= since:
-                return marker.read_text(encoding="utf-8", errors="replace")
+                # An empty reason would pass for success.
+                return marker.read_text(encoding="utf-8", errors="replace") or f"{marker} does not say why"
             try:
                 task.run()
             except (ValueError, OSError) as error:

@@ -78,6 +78,10 @@ class StepMetrics:
         self.fvu_sums, self.gradients, self._sums, self._quantiles, self._initial = [], {}, [], [], []
         return values
 
+    def tokens(self, accelerator: Accelerator) -> int:
+        """Those of all processes since the last log; every process must ask."""
+        return int(accelerator.reduce(torch.stack(self._sums).sum(0))[-1]) if self._sums else 0
+
 
 def _quantiles(values: torch.Tensor) -> torch.Tensor:
     """The quantiles and a 1, or zeros if there are no values."""

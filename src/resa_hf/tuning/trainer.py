@@ -39,6 +39,7 @@ from .insertion import Insertion
 from .loss import LMHead, frozen_head, token_cross_entropy, token_divergence
 from .metrics import StepMetrics, gradient_norms
 from .prefix import passing_through, prefix_is_exact
+from .resume import CountedTokens
 from .sharded import check_spreading, weights_are_spread, whole_head, whole_weights
 from .target import load_target, own_config
 from .teacher import Teacher
@@ -47,7 +48,7 @@ from .teacher_cache import TeacherCache, teacher_fingerprint
 FITTING_BATCHES = 32  # of the training data, for a control that is fitted to the activations
 
 
-class SAETuningTrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, SFTTrainer):
+class SAETuningTrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, CountedTokens, SFTTrainer):
     """
     Trains a LoRA adapter so that the model with a frozen SAE spliced in predicts what the model without it predicts.
 
@@ -155,7 +156,6 @@ class SAETuningTrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, SFTTra
             self._shared: bool | None = None if may_share else False
             self._step_metrics = {"train": StepMetrics(), "eval": StepMetrics()}
             self._forward_redirection = ForwardRedirection()
-            self._trained_tokens = 0
             if not self._plain_sft:
                 self._set_up_loss(source_model, other)
         hookpoints = [] if self._placed is None else [self._placed.hookpoint]
