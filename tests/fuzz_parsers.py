@@ -111,6 +111,7 @@ def fuzz(parser: Parser, whole: Path, crashed: Path, *, seconds: float, cases: i
         seconds (`float`), cases (`int`): the end, whichever comes first.
         number (`int`): the seed.
     """
+    draw(parser, lambda changes: None, 2, 0)  # hypothesis makes tables of much, which forked processes inherit
     outcome, until = Outcome(), time.monotonic() + seconds
     batch = skipped = 0
     while time.monotonic() < until and sum(outcome.counts.values()) < cases:
@@ -128,7 +129,9 @@ def fuzz(parser: Parser, whole: Path, crashed: Path, *, seconds: float, cases: i
                 # Numbers and texts of a message differ from file to file.
                 sort = re.sub(r"\d{3,}|'[^']*'", "…", kind)
                 if sort not in outcome.crashes:
-                    keep = crashed / re.sub(r"\W+", "-", parser.name) / f"{len(outcome.crashes)}-{Path(parser.file).name}"
+                    keep = (
+                        crashed / re.sub(r"\W+", "-", parser.name) / f"{len(outcome.crashes)}-{Path(parser.file).name}"
+                    )
                     keep.parent.mkdir(parents=True, exist_ok=True)
                     keep.write_bytes(file)
                     keep.with_name(f"{keep.name}.txt").write_text(kind)
@@ -191,9 +194,7 @@ def _last(place: Path) -> bytes:
     return (place / "case").read_bytes() if (place / "case").exists() else b""
 
 
-def _work(
-    parser: Parser, whole: Path, place: Path, until: float, cases: range, number: int, tell: TextIO
-) -> None:
+def _work(parser: Parser, whole: Path, place: Path, until: float, cases: range, number: int, tell: TextIO) -> None:
     _quiet(place)
     drawn = itertools.count()
 
@@ -246,7 +247,6 @@ def make_all(parsers: Sequence[Parser], root: Path) -> dict[Callable[[Path], Non
             shutil.copytree(made[parser.make], Path(copy, "whole"), symlinks=True)
             with contextlib.chdir(copy):
                 parser.parse(Path(copy, "whole"))
-        draw(parser, lambda changes: None, 5, 0)  # tables of characters, which forked processes inherit
     return made
 
 
@@ -282,7 +282,9 @@ def main() -> None:
             outcomes[parser.name] = fuzz(
                 parser, made[parser.make], args.output, seconds=seconds, cases=args.cases, number=args.seed
             )
-            print(parser.name, dict(outcomes[parser.name].counts), *outcomes[parser.name].crashes, flush=True, sep="\n  ")
+            print(
+                parser.name, dict(outcomes[parser.name].counts), *outcomes[parser.name].crashes, flush=True, sep="\n  "
+            )
     print(table(outcomes))
     sys.exit(any(one.counts["crashes"] for one in outcomes.values()))
 

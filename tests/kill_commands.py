@@ -90,7 +90,8 @@ def make_inputs(folder: Path) -> None:
     content = recipe(folder, grid={"stage2.learning_rate": [1e-3, 2e-3]})
     for stage in ("stage1", "stage2"):
         steps = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": EVERY, "save_total_limit": 1}
-        content[stage] |= steps | {"per_device_train_batch_size": 4}
+        # A log over several steps is one of those since the last checkpoint.
+        content[stage] |= steps | {"per_device_train_batch_size": 4, "logging_steps": 1}
     content["sampling"]["batch_size"] = 2
     write(folder / "sweep.yaml", content)
     # Nothing is trained: two processes answer.

@@ -120,7 +120,9 @@ def _store(folder: Path) -> Store:
 def _completions(folder: Path) -> None:
     store = _store(folder)
     for problem in (0, 1):
-        store.add({(problem, sample): Completion(text="x", length=1, truncated=False, tokens=(1,)) for sample in (0, 1)})
+        store.add(
+            {(problem, sample): Completion(text="x", length=1, truncated=False, tokens=(1,)) for sample in (0, 1)}
+        )
 
 
 def _read_completions(folder: Path) -> None:

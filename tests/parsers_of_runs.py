@@ -95,21 +95,19 @@ def _publish(folder: Path) -> None:
 
 
 def _stages(folder: Path) -> None:
-    """Reports of `train-sae`, `tune` and `evaluate`, beside what they are about."""
+    """Reports of `train-sae` and `tune`, beside what they are about."""
     from adapter_files import save_adapter
     from conftest import _make_model
     from sae_files import make_sae
 
-    from resa_hf.experiment.evaluate import Evaluated, Evaluation
-    from resa_hf.experiment.evaluate_report import write_evaluation
-    from resa_hf.hub.matching_evaluation import update_norms
     from resa_hf.sae.checkpoint import save_sae
 
     told = {"dataset": "you/rows", "fingerprint": "f" * 64, "rows": "9 of 9 rows can be used."}
     revisions = {"base": {"name": "you/base", "commit": None}, "dataset": {"name": "you/rows", "commit": "c" * 40}}
     more: dict[str, Any] = {
         "costs": {"Stage I": Cost(3.0, 4000).as_plain()}, "revisions": revisions, "data": told, "moved": {},
-        "log": [{"loss": 1.5, "step": 1}], "device": current_device(), "versions": {"torch": "2.13"}, "seconds": 3.0, "tokens": 4000,
+        "log": [{"loss": 1.5, "step": 1}], "device": current_device(), "versions": {"torch": "2.13"},
+        "seconds": 3.0, "tokens": 4000,
     }  # fmt: skip
     save_sae(make_sae(), folder / "saes" / "layers.1")
     stage1 = {"hookpoints": ["layers.1"], "model_name_or_path": "you/base", "seed": 0}
@@ -118,13 +116,23 @@ def _stages(folder: Path) -> None:
     save_adapter(folder / "tuned", _make_model("qwen2", num_hidden_layers=1))
     stage2 = {"model_name_or_path": "you/base", "sae": str(folder / "saes"), "seed": 0, "learning_rate": 1e-4}
     write_json(folder / "tuned" / "report.json", {"settings": stage2, "held_out": {"eval_loss": 1.5}, **more})
+
+
+def _evaluated(folder: Path) -> None:
+    """The same, and an evaluation of the adapter against another, by lighteval's part of the package."""
+    from resa_hf.experiment.evaluate import Evaluated, Evaluation
+    from resa_hf.experiment.evaluate_report import write_evaluation
+    from resa_hf.hub.matching_evaluation import update_norms
+
+    _stages(folder)
     shutil.copytree(folder / "tuned", folder / "other")
     (folder / "evaluated").mkdir()
     args = EvaluateArguments(
         model_name_or_path="you/base", adapters=[str(folder / "tuned")], controls=[str(folder / "other")],
         tasks=["resa:aime24"], samples=4, output_dir=str(folder / "evaluated"),
     )  # fmt: skip
-    generator, moved = np.random.default_rng(0), {"kl": 0.1, "update_norm": 2.0, "update_norms": update_norms(folder / "tuned")}
+    generator = np.random.default_rng(0)
+    moved = {"kl": 0.1, "update_norm": 2.0, "update_norms": update_norms(folder / "tuned")}
     models = [
         Evaluated(name, {"resa:aime24": _answered(share, generator)}, norms)
         for name, share, norms in [("base", 0.3, {}), (args.adapters[0], 0.6, moved), (args.controls[0], 0.6, {})]
@@ -137,8 +145,9 @@ def _answered(share: float, generator: np.random.Generator) -> Any:
     correct = generator.random((30, 4)) < share
     outcomes = Outcomes(correct, np.full((30, 4), 9), generator.random((30, 4)) < 0.1, [["x"] * 4] * 30)
     names = [str(number) for number in range(30)]
-    return SimpleNamespace(task="resa:aime24", problems=names, prompts=names, outcomes=outcomes, answers=[["1"] * 4] * 30,
-                           seconds=2.0)  # fmt: skip
+    return SimpleNamespace(
+        task="resa:aime24", problems=names, prompts=names, outcomes=outcomes, answers=[["1"] * 4] * 30, seconds=2.0
+    )
 
 
 def _publish_single(folder: Path, name: str) -> None:
@@ -225,14 +234,16 @@ RUNS = [
         _publish, "publish a run",
     ),
     *(
-        Parser(f"publish: report.json of {what}", _stages, f"{name}/report.json", partial(_publish_single, name=name),
+        Parser(f"publish: report.json of {what}", make, f"{name}/report.json", partial(_publish_single, name=name),
                json_changes)
-        for name, what in (("saes", "train-sae"), ("tuned", "tune"), ("evaluated", "evaluate"))
+        for make, name, what in (
+            (_stages, "saes", "train-sae"), (_stages, "tuned", "tune"), (_evaluated, "evaluated", "evaluate")
+        )
     ),
     *(
         Parser(f"explorer: {name}'s report.json{whose}", make, f"{name}/report.json",
                partial(_explore, name=name, repo=repo), json_changes)
-        for make, names in ((_results, ("run", "sweep", "features")), (_stages, ("saes", "tuned", "evaluated")))
+        for make, names in ((_results, ("run", "sweep", "features")), (_stages, ("saes", "tuned")), (_evaluated, ("evaluated",)))
         for name in names
         for whose, repo in (("", None), (", a stranger's", "you/results"))
     ),

@@ -142,6 +142,15 @@ def test_where_no_checkpoint_is_whole_training_starts_again(make_trainers, tmp_p
     assert capsys.readouterr().out.count("optimizer.pt has 0 bytes") == 2
 
 
+def test_a_resumed_training_is_not_evaluated_at_its_start_again(make_model, tmp_path):
+    for _ in range(2):  # the second goes on from the first one's last checkpoint
+        trainer = SAETrainer(
+            make_model("qwen2"), config(tmp_path, eval_on_start=True, max_steps=STEPS, **SAVING), rows(24), rows(4)
+        )
+        train_from_last_checkpoint(trainer)
+        assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [0]
+
+
 class Hostile:
     def __init__(self, path):
         self.path = str(path)

@@ -304,7 +304,10 @@ def test_killed_it_goes_on_to_the_same_bits(run_whole, tmp_path, number):
     there += [f"step {max(bars)}"] if bars else []
     there += [f"unfinished {', '.join(drafts)}"] if drafts else []
     begun = [f"{place.relative_to(output)}/checkpoint-{step}".removeprefix("./") for place, step in steps.items()]
-    begun += [f"{max(len(lines) - 1, 0)} batches of {path.parents[1].name}" for path, lines in kept.items()]
+    begun += [
+        f"{max(len(lines) - 1, 0)} batches of {re.search(r'(?:arms|models)/([^/]+)', str(path))[1]}"
+        for path, lines in kept.items()
+    ]
     from_where = "; ".join(begun) or ("what was finished" if before else "the beginning")
     note(number, command, moment, told, "; ".join(there) or "nothing", from_where)
 

@@ -1,4 +1,4 @@
-"""Checkpoints under any order of saves, damage and resumptions: the newest undamaged one is found, by a plain model."""
+"""Checkpoints under any order of saves, damage and resumptions: the newest undamaged one is found."""
 
 import json
 import shutil

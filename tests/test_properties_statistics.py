@@ -25,17 +25,17 @@ from resa_hf.evaluation.verdict import against_controls, judge
 CLOSE = {"rel": 1e-9, "abs": 1e-12}
 
 
-def grids(problems=st.integers(2, 12), samples=st.integers(1, 4)):
+@st.composite
+def grids(draw, problems=None, samples=None):
     """Answers `[problems, samples]`."""
-    shapes = st.tuples(problems, samples)
-    return shapes.flatmap(lambda shape: st.lists(st.booleans(), min_size=math.prod(shape), max_size=math.prod(shape)).map(
-        lambda cells: np.array(cells).reshape(shape)))  # fmt: skip
+    rows, columns = problems or draw(st.integers(2, 12)), samples or draw(st.integers(1, 4))
+    return np.array(draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))).reshape(rows, -1)
 
 
 @st.composite
 def pairs(draw, most=12):
     problems = draw(st.integers(2, most))
-    return draw(grids(st.just(problems))), draw(grids(st.just(problems)))
+    return draw(grids(problems)), draw(grids(problems))
 
 
 def accuracies(size):
@@ -220,7 +220,7 @@ def experiments(draw):
     return [
         Answers(
             name,
-            {f"task {i}": [draw(grids(st.just(n), st.just(2))) for _ in range(count)] for i, n in enumerate(sizes)},
+            {f"task {i}": [draw(grids(n, 2)) for _ in range(count)] for i, n in enumerate(sizes)},
         )
         for name in names
     ]

@@ -4,6 +4,7 @@ import csv
 import json
 import tempfile
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -34,7 +35,14 @@ from resa_hf.tuning.collator import HostCollator
 documents = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=9), min_size=1, max_size=8)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 texts = st.sampled_from(["1+1", " 1+1 ", "2", "", " \n", "ü“"]) | words
-cells = texts | st.none() | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.lists(st.integers(), max_size=2)
+cells = (
+    texts
+    | st.none()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.booleans()
+    | st.lists(st.integers(), max_size=2)
+)
 
 
 def said(problem):
@@ -72,13 +80,13 @@ def test_texts_are_joined_with_one_end_behind_each(tiny_tokenizer, texts, length
     dataset = datasets.Dataset.from_dict({"text": texts})
     rows, report = tokenize_documents(dataset, tiny_tokenizer, length)
     assert rows["input_ids"][:] == [document[:length] for document in ended]
-    stream = sum(ended, [])
+    stream = [*chain.from_iterable(ended)]
     if len(stream) < length:
         with pytest.raises(DataError, match="do not fill one chunk"):
             tokenize_and_pack(dataset, tiny_tokenizer, length)
         return
     rows, report = tokenize_and_pack(dataset, tiny_tokenizer, length)
-    assert sum(rows["input_ids"], []) == stream[: len(stream) // length * length]
+    assert [*chain.from_iterable(rows["input_ids"])] == stream[: len(stream) // length * length]
     assert set(map(len, rows["input_ids"])) == {length} and report.documents == len(texts)
 
 
@@ -149,7 +157,11 @@ def test_every_format_gives_the_same_rows(rows):
         check(Path(folder, "rows.csv"), rows)
 
 
-@given(st.lists(st.sampled_from(["a", "b", " b", "c", "d", "e"]), min_size=1, max_size=9), st.integers(0, 6), st.integers(0, 5))
+@given(
+    st.lists(st.sampled_from(["a", "b", " b", "c", "d", "e"]), min_size=1, max_size=9),
+    st.integers(0, 6),
+    st.integers(0, 5),
+)
 def test_no_question_is_on_both_sides(problems, size, seed):
     rows = datasets.Dataset.from_dict({"problem": problems, "n": list(range(len(problems)))})
     questions = {problem.strip() for problem in problems}
@@ -205,7 +217,5 @@ def test_the_positions_that_count_are_those_before_a_label(rows, data):
         return {"input_ids": torch.zeros(len(rows), width), "labels": torch.tensor(padded)}
 
     batch = HostCollator(collate, keys=False)([{"input_ids": row} for row in rows])
-    wanted = [
-        r * (width - 1) + t for r in range(len(rows)) for t in range(width - 1) if padded[r][t + 1] != -100
-    ]
+    wanted = [r * (width - 1) + t for r in range(len(rows)) for t in range(width - 1) if padded[r][t + 1] != -100]
     assert batch["counted"].tolist() == wanted

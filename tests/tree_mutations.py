@@ -12,7 +12,18 @@ Edit = Callable[[Any, Any], None]
 
 # What json.dumps does not write: numbers past every type, constants, tags, references, what no text file can hold.
 _RAW_JSON = ["1e999", "-1e999", "NaN", "-Infinity", "-0", "1E-999", '"\\ud800"', "\x00", "0x1F", "[" * 9]
-_RAW_JSON += ['{"a": 1, "a": {}}', '"\\u0000"', "1.5", "2024-01-01", "''", "long", "deep", "deeper", "objects", "digits"]
+_RAW_JSON += [
+    '{"a": 1, "a": {}}',
+    '"\\u0000"',
+    "1.5",
+    "2024-01-01",
+    "''",
+    "long",
+    "deep",
+    "deeper",
+    "objects",
+    "digits",
+]
 # By name: hypothesis prints what it draws.
 _LARGE = {
     "long": '"' + "x" * 100_000 + '"',
@@ -23,7 +34,20 @@ _LARGE = {
 }
 _RAW_YAML = ["!!timestamp x", "!!int ''", '!!float ""', "!!binary x", "!!set {}", "!!python/name:os.system ''"]
 _RAW_YAML += ["2001-99-99", "1:60:61", "&a [*a]", "*nowhere", "{[]: 1}", "{? {} : 1}", "{<<: 5}", "!x y", "0b", ".inf"]
-_RAW_YAML += ["!!omap [a]", "!!pairs 5", "- - -", "\t", "%YAML 9.9", "---\n...", "0o7_", "=", "<<", "~", "on", "\ufeff"]
+_RAW_YAML += [
+    "!!omap [a]",
+    "!!pairs 5",
+    "- - -",
+    "\t",
+    "%YAML 9.9",
+    "---\n...",
+    "0o7_",
+    "=",
+    "<<",
+    "~",
+    "on",
+    "\ufeff",
+]
 _MARK = "here-be-dragons"
 
 
@@ -173,7 +197,9 @@ def _of_front_matter(change: Change) -> Change:
 
 def card_changes() -> st.SearchStrategy[list[Change]]:
     """Changes of a Markdown file with YAML before it."""
-    return st.lists(damage(), min_size=1, max_size=2) | yaml_changes().map(lambda them: list(map(_of_front_matter, them)))
+    return st.lists(damage(), min_size=1, max_size=2) | yaml_changes().map(
+        lambda them: list(map(_of_front_matter, them))
+    )
 
 
 def byte_changes() -> st.SearchStrategy[list[Change]]:

@@ -103,8 +103,9 @@ class Guarded(_Base):
         if self._in_a_row >= IN_A_ROW:
             place = Path(str(self.args.output_dir)) / f"batch-not-finite-{self.args.process_index}.safetensors"
             _save_batches(batches, place)
+            rate = max(group["lr"] for group in self.optimizer.param_groups)  # type: ignore[union-attr]
             advice = (
-                f"Lower learning_rate (now {self.args.learning_rate}), set max_grad_norm, or look at the data; bf16 "
+                f"Lower learning_rate (now {rate:.3g}), set max_grad_norm, or look at the data; bf16 "
                 "or fp16 may overflow where float32 does not."
             )
             if broken := broken_weight(self._modules()):

@@ -67,7 +67,9 @@ def load_causal_lm(
     except (ResaError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # broken files break transformers in any way
-        raise _unread(f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded", error) from error
+        raise _unread(
+            f"Model {name!r}{f' with adapter {adapter!r}' if adapter else ''} cannot be loaded", error
+        ) from error
     if hookpoints and cut is None:
         drop_above(model, hookpoints)
     if merges:
@@ -121,8 +123,13 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
 
 def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:
     """A model that `load_causal_lm` takes without its weights: on the meta device, from its configuration alone."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(name, revision=revision))
+    config = load_config(name, revision=revision)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise _unread(f"No model can be made of the configuration of {name!r}", error) from error
+    return model
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

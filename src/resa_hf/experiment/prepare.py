@@ -233,8 +233,10 @@ def read_rows(path: Path) -> datasets.Dataset:
         `DataError`: if they are damaged.
     """
     try:
-        rows = datasets.load_from_disk(path)
+        rows = datasets.load_from_disk(path).with_format(None)
         rows.data.table.validate(full=True)
+        if not len(rows) or "input_ids" not in rows.column_names:
+            raise ValueError("no rows of tokens")
     except Exception as error:  # broken files break `datasets` and Arrow in any way
         raise DataError(
             f"The rows in {path} are missing or damaged ({type(error).__name__}: {error}). Delete {path.parent}, and "

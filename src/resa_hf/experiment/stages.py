@@ -48,6 +48,7 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
     """Stage I: trains SAEs on `"source"`, `"base"`, or what a control needs, such as `"source-prose"`."""
     target = folder.sae(source, seed)
     if (target / STAGE1).is_file():
+        _forget_checkpoints(target)
         return
     run = settings.run
     args = SAETrainingConfig(
@@ -74,8 +75,13 @@ def train_saes(folder: RunFolder, settings: RunSettings, source: str, seed: int)
         "log": trainer.state.log_history,
     }
     write_json(target / STAGE1, report)
-    shutil.rmtree(target / "run", ignore_errors=True)  # checkpoints of what is finished
+    _forget_checkpoints(target)
     check_preemption()
+
+
+def _forget_checkpoints(finished: Path) -> None:
+    """What is finished needs none. It may have been killed before they were gone."""
+    shutil.rmtree(finished / "run", ignore_errors=True)
 
 
 def _text_read(folder: RunFolder, run: RunArguments, text: str) -> Revision:
@@ -108,6 +114,7 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
     """
     place = folder.training(arm, candidate, seed)
     if (place / TUNING).is_file():
+        _forget_checkpoints(place)
         return
     run = settings.run
     args = SAETuningConfig(
@@ -145,7 +152,7 @@ def tune(folder: RunFolder, settings: RunSettings, arm: Arm, candidate: Candidat
         raise ValueError(f"checkpoints names step {max(steps)}, but Stage II has {trainer.state.global_step} steps.")
     trainer.save_model(str(place / ADAPTER))
     _write_tuning(trainer, place, seconds, read, text)
-    shutil.rmtree(place / "run", ignore_errors=True)  # checkpoints of what is finished
+    _forget_checkpoints(place)
     check_preemption()
 
 
@@ -262,6 +269,8 @@ def train_from_last_checkpoint(trainer: Trainer, every: int = 1) -> float:
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(trainer)
+    if checkpoint is not None:
+        trainer.args.eval_on_start = False  # the start is behind it, and was evaluated
     told = None if checkpoint is None else Path(checkpoint, SECONDS)
     clock = _Resumable(read_json(told, float) if told is not None and told.is_file() else 0.0)
     trainer.add_callback(clock)

@@ -90,11 +90,11 @@ def reading_reports(folder: Path) -> Iterator[None]:
         yield
     except (ResaError, HFValidationError):
         raise
-    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError, TemplateError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError, TemplateError) as bad:
         raise PublishError(
             f"{folder / REPORT}, or another of our JSON files that it tells of, is damaged or of another version of "
-            f"resa-hf: {error!r}. Run the same command again: it repeats nothing but the report."
-        ) from error
+            f"resa-hf: {bad!r}. Run the same command again: it repeats nothing but the report."
+        ) from bad
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class ResumableSAEs(_Base):
         path = Path(checkpoint) / PROGRESS_FILE
         try:
             self.progress.load(load_file(path))
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise IncompatibleSAEError(
                 f"Training cannot resume: {path} is missing, corrupt or of other hookpoints ({error})."
             ) from error

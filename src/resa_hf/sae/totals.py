@@ -126,7 +126,13 @@ class TrainingProgress:
 
         Raises:
             `KeyError`: if it is of other hookpoints.
+            `ValueError`: if it is of other SAEs.
         """
+        for name, own in self.tensors().items():
+            given = tensors[name]
+            if (given.shape, given.dtype) != (own.shape, own.dtype):
+                there, here = (f"{list(one.shape)} of {one.dtype}" for one in (given, own))
+                raise ValueError(f"{name} is {there}, and that of this run {here}")
         self.tokens_seen.copy_(tensors["tokens_seen"])
         for hookpoint, since in self.since_fired.items():
             since.copy_(tensors[f"since_fired/{hookpoint}"])
