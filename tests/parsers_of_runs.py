@@ -243,8 +243,10 @@ RUNS = [
     *(
         Parser(f"explorer: {name}'s report.json{whose}", make, f"{name}/report.json",
                partial(_explore, name=name, repo=repo), json_changes)
-        for make, names in ((_results, ("run", "sweep", "features")), (_stages, ("saes", "tuned")), (_evaluated, ("evaluated",)))
-        for name in names
+        for make, name in (
+            (_results, "run"), (_results, "sweep"), (_results, "features"), (_stages, "saes"), (_stages, "tuned"),
+            (_evaluated, "evaluated"),
+        )
         for whose, repo in (("", None), (", a stranger's", "you/results"))
     ),
     Parser("explorer: report.md", _results, "run/report.md", partial(_explore, name="run"), byte_changes),

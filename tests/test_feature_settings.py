@@ -53,7 +53,7 @@ def test_what_cannot_be_used_leaves_the_folder_free(saes, other_letters, tmp_pat
     flags = tuple(other_letters if flag == "OTHER" else flag for flag in flags)
     assert features(saes, out, *flags) == 2
     assert said in capsys.readouterr().err
-    assert not list(out.glob("*"))
+    assert [path.name for path in out.glob("*")] == [".lock"]
 
 
 def test_a_latent_that_the_sae_does_not_have(saes, tmp_path, capsys):  # noqa: F811

@@ -27,11 +27,13 @@ _forgotten: ContextVar[list[str] | None] = ContextVar("_forgotten", default=None
 def rows_forgotten() -> Iterator[None]:
     """The files of rows that the block writes go at its end; none of its datasets may be read afterwards."""
     folders: list[str] = []
-    before = _forgotten.set(folders)
+    before = _forgotten.get()
+    _forgotten.set(folders)
     try:
         yield
     finally:
-        _forgotten.reset(before)
+        # Not by `reset`, which fails where another library (greenlet, of Playwright) has changed the context since.
+        _forgotten.set(before)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
 

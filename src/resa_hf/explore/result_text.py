@@ -45,7 +45,7 @@ def report_parts(report: Mapping[str, Any]) -> Iterator[str]:
         told.update(new)
     for source, quality in quality_of(report).items():
         yield f"## {code(source)}\n\n{quality_table(quality)}"
-    told_costs = report.get("costs", {})  # a report of features has none
+    told_costs = {} if "tested" in report else report["costs"]  # a report of features has none
     costs = [[code(part), f"{cost['seconds']:,.0f}", f"{cost['tokens']:,}"] for part, cost in told_costs.items()]
     if costs:
         yield markdown(["cost", "seconds", "tokens"], costs)

@@ -92,7 +92,7 @@ def reading_reports(folder: Path) -> Iterator[None]:
         raise
     except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError, TemplateError) as bad:
         raise PublishError(
-            f"{folder / REPORT}, or another of our JSON files that it tells of, is damaged or of another version of "
+            f"{folder / REPORT}, or another of our JSON files that it tells of, is damaged, or of another version of "
             f"resa-hf: {bad!r}. Run the same command again: it repeats nothing but the report."
         ) from bad
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from ..checkpoints import WholeCheckpoints
 from ..compiling import LayerCompiler
 from ..guards import Guarded, check_token_ids
+from ..late_flag import LateFlag
 from ..provenance import loaded_revision, sae_revision
 from ..pushing import PushToHub
 from ..sharding import ShardedRows
@@ -121,7 +122,7 @@ class SAETrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, ResumableSAE
         self.model_accepts_loss_kwargs = False
         self.progress = TrainingProgress(self.saes)
         self._tokens_at_most = 0
-        self._b_dec_pending = args.initial_sae is None
+        self._b_dec_pending, self._b_dec_lacking = args.initial_sae is None, LateFlag()
 
     @property
     def saes(self) -> dict[str, TopKSAE]:
@@ -234,15 +235,22 @@ class SAETrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, ResumableSAE
 
     @torch.no_grad()
     def _start_b_dec(self, batch: SourceBatch) -> None:
-        """Puts b_dec at the mean activation of the first batch, on all processes alike."""
+        """Puts b_dec at the mean activation of the first batch where that is finite, on all processes alike."""
+        finite = batch.counted.new_ones((), dtype=torch.bool)
         for hookpoint, sae in self.saes.items():
             weight = batch.weights[hookpoint]
             x = batch.activations[hookpoint].float().masked_fill((weight == 0).unsqueeze(-1), 0)
             mean = self._add(x.sum(dim=0)) / self._add(weight.sum()).clamp(min=1)
-            if not mean.isfinite().all():
-                return  # this step is left out, and the next batch asked
-            sae.b_dec.copy_(mean)
+            usable = mean.isfinite().all()
+            sae.b_dec.copy_(torch.where(usable, mean, sae.b_dec))
+            finite &= usable
         self._b_dec_pending = False
+        self._b_dec_lacking.put(~finite)
+
+    def _count(self, skipped: bool, batches: list[Any]) -> None:
+        super()._count(skipped, batches)
+        # Behind the step, where the device has been given all its work.
+        self._b_dec_pending |= self._b_dec_lacking.take()
 
     def _modules(self) -> list[nn.Module]:
         return [self.source.model, *super()._modules()]
