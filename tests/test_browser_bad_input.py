@@ -118,6 +118,7 @@ def test_tokens_and_latents(open_page: OpenPage) -> None:
     assert_works(page)
 
 
+@pytest.mark.long
 def test_the_server_is_killed_and_started_again(
     open_page: OpenPage, server: ExplorerServer, errors: list[str]
 ) -> None:

@@ -202,6 +202,7 @@ def test_help_is_quick():
     assert min(seconds() for _ in range(3)) < 0.6
 
 
+@pytest.mark.long
 def test_without_the_extra_benchmarks_say_how_to_install_it(rows, tmp_path):
     model = ["--model_name_or_path", "resa_hf/tiny/base", "--output_dir", str(tmp_path / "out")]
     recipe = tmp_path / "recipe.yaml"

@@ -93,6 +93,7 @@ def test_checkpoints_an_adapter_that_is_taken_and_a_sibling(tmp_path, capsys):
     assert "taken has changed since it answered" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_checkpoint_behind_the_end_and_one_arm_alone(tmp_path, capsys):
     recipe = yaml.safe_load(recipe_path("tiny-reasoner/run/own_data.yaml").read_text())
     recipe |= {"dataset": "tiny-reasoner", "checkpoints": [50]}
@@ -105,6 +106,7 @@ def test_a_checkpoint_behind_the_end_and_one_arm_alone(tmp_path, capsys):
     assert "nothing to compare" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_an_adapter_of_its_own_for_each_seed(tmp_path):
     """Seed 0 takes the source's adapter, seed 1 the same with its update doubled."""
     for seed in (0, 1):

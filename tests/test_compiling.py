@@ -167,7 +167,7 @@ def test_inductor_in_bf16_is_no_further_from_float32_than_the_plain_path(tmp_pat
     assert ours[0] == pytest.approx(exact[0], rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_graph_is_made_after_the_first_epoch(tmp_path):
     def run(epochs):
         torch._dynamo.reset()
@@ -222,7 +222,7 @@ def test_only_the_layer_with_a_hookpoint_inside_stays_uncompiled(tmp_path):
             assert [index for index, layer in enumerate(layers) if type(layer) is own] == plain
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compilation_asked_of_accelerate_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     asked = one_step_and_four(tmp_path)

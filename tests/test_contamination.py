@@ -138,7 +138,7 @@ def test_plain_data_and_markdown():
     assert len(row) == 6 and r"\$12\$" in row[4]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_beside_a_list_made_by_others(shared_data):
     benchmarks = {
         path.stem: [json.loads(line)["problem"] for line in path.read_text().splitlines()]

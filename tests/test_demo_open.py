@@ -64,6 +64,7 @@ def test_without_gradio_nothing_is_run(
     assert not ran and not app.with_name("started").exists()
 
 
+@pytest.mark.long
 def test_the_app_is_found_and_help_tells_of_the_flag() -> None:
     assert demo.explorer_path().is_file() and demo.explorer_path().name == "app.py"
     told = subprocess.run([sys.executable, "-m", "resa_hf.cli", "demo", "--help"], capture_output=True, text=True)

@@ -134,7 +134,7 @@ def results(rows, *tasks):
     return {task: TaskResult(task, names, names, outcomes, [list(row) for row in rows], 3600.0) for task in tasks}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_git_is_needed(tmp_path):
     words = [sys.executable, "-m", "resa_hf.cli", "evaluate", "--model_name_or_path", str(tmp_path / "none")]
     words += ["--adapters", "x=y", "--tasks", "resa:aime24", "--output_dir", str(tmp_path)]

@@ -120,7 +120,7 @@ def assert_stands_alone(page):
     assert not [tag for tag, attrs in found if tag in ("script", "link", "iframe") or "href" in attrs]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_problems_and_with_latents_of_ones_own(saes, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ("--problems", "0", "--test_hookpoint", "2", "--test_latents", "3", "9")
@@ -134,7 +134,7 @@ def test_without_problems_and_with_latents_of_ones_own(saes, tmp_path, capsys):
     assert "held-out text" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_latents_that_attribution_chooses_are_tested_on_the_other_half(tmp_path, capsys):
     out, folder = tmp_path / "out", tmp_path / "saes"
     width = load_causal_lm("resa_hf/tiny/source").config.hidden_size

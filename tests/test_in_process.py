@@ -156,7 +156,7 @@ TransformersEngine(load_tiny_base(), tokenizer).generate(prompts(tokenizer), SAM
 SAMPLED = Sampling(samples=6, max_new_tokens=64, batch_size=2, seed=11)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_evaluation_ends_with_the_same_result(tiny_base, tiny_tokenizer, tmp_path):
     store = tmp_path / "answers.jsonl"
     batches = 0

@@ -66,6 +66,7 @@ def test_means_of_a_known_mixture_are_found() -> None:
     assert np.abs(small - MEANS).max() > 0.3
 
 
+@pytest.mark.long
 def test_bic_finds_the_number_of_components() -> None:
     found = [len(fit_mixture(LAYERS, drawn_counts(1000, seed)).means) for seed in range(10)]
     assert found.count(3) >= 9
@@ -194,7 +195,7 @@ def test_p_values_of_the_count_correlation_are_uniform_under_the_null() -> None:
     rejections(np.array(p_values))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_p_values_of_the_mixture_correlation_are_uniform_under_the_null() -> None:
     rng = np.random.default_rng(0)
     layers = np.arange(8)

@@ -87,6 +87,7 @@ def test_right_and_whole_answers_are_kept_of_the_source_and_all_of_the_target(tm
     assert told["tokens"] == sum(kept["length"] for kept in answered(place)) and told["seconds"] > 0
 
 
+@pytest.mark.long
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(tmp_path):
     settings = settings_of(tmp_path, train_rows=16, seeds=[0, 1])
     assert [(job.text, job.seed) for job in text_jobs(settings)] == [
@@ -165,7 +166,7 @@ def test_on_policy_lowers_the_kl_to_the_source_and_leaves_a_plain_adapter(tmp_pa
     assert {"source", "source_adapter", "base"} <= tuning["revisions"].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_policy_resumes_to_the_same_adapter_bit_for_bit(tmp_path, monkeypatch):
     stage2 = STAGE2 | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
     settings = settings_of(tmp_path, stage2=stage2, train_rows=32)

@@ -27,7 +27,7 @@ def test_pairs() -> None:
     assert wrong == set(REMAINING)  # 4 of 251 right ones, none of the 245 wrong ones
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fewer_errors_than_lighteval() -> None:
     pytest.importorskip("lighteval")
     from lighteval_reference import stock_score

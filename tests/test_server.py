@@ -194,7 +194,7 @@ def transformers_serve(folder, log):
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_greedy_answers_of_an_adapter_are_those_of_transformers_serve(tiny_tokenizer, tmp_path):
     pytest.importorskip("fastapi")
     rows = make_rows(24, seed=17)

@@ -19,7 +19,7 @@ def example():
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_readme_holds_what_is_printed(example, tmp_path):
     found = example.examine()
     readme = (FOLDER / "README.md").read_text()

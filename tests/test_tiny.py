@@ -253,7 +253,7 @@ class TestBuild:
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
-    @pytest.mark.slow
+    @pytest.mark.long
     def test_source_is_seeded_and_learns(self):
         from resa_hf.tiny.reinforce import train_source
 

@@ -144,7 +144,7 @@ def test_one_seed_gives_one_result_and_another_another(tmp_path):
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     train(tmp_path / "whole")
     flags = ["--config", str(RECIPE), "--output_dir", str(tmp_path / "parts"), *SMALL]
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     assert sorted(report["moved"]) == ["1", "3"] and [part["steps"][0] for part in report["windows"]] == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_run_stays_as_it_is_and_one_that_died_at_the_end_is_finished(tmp_path):
     train(tmp_path / "a")
     files = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
@@ -184,7 +184,7 @@ def test_a_finished_run_stays_as_it_is_and_one_that_died_at_the_end_is_finished(
     assert report["seconds"] > before > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_run_that_kept_no_step_is_not_taken_for_one_of_other_settings(tmp_path, capsys):
     flags = ["train-rl", "--config", str(RECIPE), "--output_dir", str(tmp_path / "a"), *SMALL]
     flags += ["--checkpoints", "2", "--max_steps", "2", "--save_strategy", "no"]
