@@ -11,7 +11,7 @@ STAMP_OLDEST := $(VENV)-oldest/.installed
 TOOLS := $(VENV)-tools
 STAMP_TOOLS := $(TOOLS)/.installed
 # Two test processes on few cores: threads of their own would only fight.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=40
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-hub2 browser demo test test-fast test-all test-hub2 test-recipes \
