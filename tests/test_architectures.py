@@ -235,7 +235,11 @@ def test_gemma_3n_trains_as_with_plain_hooks(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("checkpointing", "gradient", "hookpoint"), [(c, *p) for c, p in zip(CHECKPOINTING, PLACES, strict=True)]
+    ("checkpointing", "gradient", "hookpoint"),
+    [
+        pytest.param(c, *p, marks=[] if c == "off" else pytest.mark.long)
+        for c, p in zip(CHECKPOINTING, PLACES, strict=True)
+    ],
 )
 def test_loss_and_gradients_compiled(tmp_path, model, gradient, hookpoint, checkpointing):
     torch._dynamo.reset()

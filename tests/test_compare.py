@@ -54,6 +54,7 @@ def test_every_control_of_the_recipe(tmp_path):
     assert not firsts[0].equal(firsts[1])
 
 
+@pytest.mark.long
 def test_checkpoints_an_adapter_that_is_taken_and_a_sibling(tmp_path, capsys):
     pytest.importorskip("lighteval")
     make_sibling(tmp_path / "sibling", count=256)

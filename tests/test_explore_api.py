@@ -107,6 +107,7 @@ def test_cancelling_frees_the_place_in_the_queue(server: ExplorerServer) -> None
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.long
 def test_twenty_visitors_at_once_get_what_each_gets_alone(server: ExplorerServer, client: Client) -> None:
     visits: list[dict[str, Any]] = [
         {"api_name": "/solve", "problem": PROBLEMS[n % 5], "seed": n, "strength": round(n / 10 - 1, 1)}

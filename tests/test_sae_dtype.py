@@ -87,7 +87,7 @@ print("peak", kilobytes("VmHWM") - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.parametrize(
     ("layout", "dtype", "times"),

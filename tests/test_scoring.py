@@ -95,7 +95,7 @@ FORMATS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [pytest.param(f, marks=[pytest.mark.long] * (f == "minerva")) for f in FILES])
 def test_oracles_on_the_real_rows(file: str, shared_data: Path) -> None:
     kind: Kind = "minerva" if file == "minerva" else "math"
     rows = _rows(shared_data, file)

@@ -78,7 +78,7 @@ def test_oracles(form: str, folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong_every", [0, 1])
+@pytest.mark.parametrize("wrong_every", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_oracles_on_the_real_rows(
     wrong_every: int, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
