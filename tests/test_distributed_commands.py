@@ -1,8 +1,12 @@
 """The commands in two processes: each result once; and accelerate reads our configurations."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -113,37 +117,66 @@ def test_both_stages_in_two_processes_leave_one_result_each(tmp_path):
     assert report["moved"]["update_norm"] > 0 and (out / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.long
-def test_an_evaluation_in_two_processes_is_that_of_one_and_goes_on_in_one(tmp_path, capsys):
+@pytest.fixture
+def evaluation(tmp_path):
+    """A command that evaluates two models on nine problems, three times each, but for its output folder."""
     problems = tmp_path / "problems.jsonl"
     rows = make_rows(9, seed=6, exclude=training_questions())
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["evaluate", "--model_name_or_path", "resa_hf/tiny/base", "--adapters", f"source={tiny_path('source')}"]
     words += ["--tasks", str(problems), "--file_prompt", "plain", "--samples", "3", "--max_new_tokens", "64"]
-    words += ["--temperature", "1.0", "--batch_size", "4", "--dtype", "float32", "--output_dir"]
+    return [*words, "--temperature", "1.0", "--batch_size", "4", "--dtype", "float32", "--output_dir"]
 
-    def left(folder):
-        stores = sorted((folder / "models").glob("*/completions/*.jsonl"))
-        assert len(stores) == 2
-        found = {}
-        for path in stores:
-            _, *lines = map(json.loads, path.read_text().splitlines())
-            entries = [
-                (path.parts[-3], *entry[:2], entry[2]["text"]) for line in lines for entry in line["completions"]
-            ]
-            found |= {entry[:3]: entry[3] for entry in entries}
-            assert len(entries) == 27
-        report = json.loads((folder / "report.json").read_text())
-        return found, [model["accuracy"] for model in report["models"]]
 
-    assert resa_hf([*words, str(tmp_path / "one")]) == 0
-    printed = launch(["-m", "resa_hf.cli"], [*words, str(tmp_path / "two")])
-    assert left(tmp_path / "two") == left(tmp_path / "one")
-    assert printed.count("Report: ") == 1 and len(json.loads((tmp_path / "two/manifest.json").read_text())) == 1
+def left_by(folder):
+    """All completions, by model, problem and sample, and the accuracies of the report."""
+    found = {}
+    for path in (folder / "models").glob("*/completions/*.jsonl"):
+        _, *lines = map(json.loads, path.read_text().splitlines())
+        entries = [(path.parts[-3], *entry[:2], entry[2]["text"]) for line in lines for entry in line["completions"]]
+        assert len(entries) == 27
+        found |= {entry[:3]: entry[3] for entry in entries}
+    assert len(found) == 54
+    return found, [model["accuracy"] for model in json.loads((folder / "report.json").read_text())["models"]]
+
+
+@pytest.mark.long
+def test_an_evaluation_in_two_processes_is_that_of_one_and_goes_on_in_one(evaluation, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert resa_hf([*evaluation, str(one)]) == 0
+    printed = launch(["-m", "resa_hf.cli"], [*evaluation, str(two)])
+    assert left_by(two) == left_by(one)
+    assert printed.count("Report: ") == 1 and len(json.loads((two / "manifest.json").read_text())) == 1
     # As if it had been killed after the first round of the second model.
-    (store,) = (tmp_path / "two/models/source/completions").glob("*.jsonl")
+    (store,) = (two / "models/source/completions").glob("*.jsonl")
     lines = store.read_text().splitlines(keepends=True)
     assert [len(json.loads(line)["completions"]) for line in lines[1:]] == [8, 8, 8, 3]
     store.write_text("".join(lines[:2]))
-    assert resa_hf([*words, str(tmp_path / "two")]) == 0
-    assert left(tmp_path / "two") == left(tmp_path / "one")
+    assert resa_hf([*evaluation, str(two)]) == 0
+    assert left_by(two) == left_by(one)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("model", "lines", "whole_group"), [("base", 2, True), ("source", 2, False)])
+def test_an_evaluation_in_two_processes_that_is_killed_goes_on(evaluation, tmp_path, model, lines, whole_group):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert resa_hf([*evaluation, str(one)]) == 0
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with subprocess.Popen([*start, "-m", "resa_hf.cli", *evaluation, str(two)], start_new_session=True) as running:
+        kept = []
+        while len(kept) < lines:
+            assert running.poll() is None, "it ended before it could be killed"
+            kept = [
+                line
+                for path in two.glob(f"models/{model}/completions/*")
+                for line in path.read_bytes().split(b"\n")[:-1]
+            ]
+            time.sleep(0.001)
+        workers = psutil.Process(running.pid).children(recursive=True)
+        for process in [*workers, running] if whole_group else [workers[-1]]:
+            process.kill()
+        assert running.wait() != 0
+    launch(["-m", "resa_hf.cli"], [*evaluation, str(two)])
+    assert left_by(two) == left_by(one)
+    (store,) = two.glob(f"models/{model}/completions/*")
+    assert store.read_bytes().split(b"\n")[: len(kept)] == kept
