@@ -192,6 +192,8 @@ def _maths_row(row: Mapping[str, Any]) -> dict[str, Any]:
     r"""GSM8K's question and `#### answer`, MATH's solution with its `\boxed`, or `problem` and `answer`."""
     problem = row["problem"] if "problem" in row else row["question"]
     answer = row["answer"] if "answer" in row else row["solution"]
+    if not isinstance(problem, str) or answer is None:
+        raise TypeError(f"{problem!r:.80}: {answer!r:.80}")
     return {"problem": problem, "answer": str(answer).rpartition("####")[2].strip()}
 
 

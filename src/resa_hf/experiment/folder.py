@@ -45,8 +45,10 @@ class RunFolder:
     def in_sweep(cls, root: Path, stage1: str, base: str, points: int | None = None) -> "RunFolder":
         """The folder of a sweep's run, which shares folders of these names."""
         # A name that somebody wrote must not lead out of the sweep.
-        shared = root.parent / SHARED
-        return cls(root, shared / Path(stage1).name, shared / Path(base).name, points)
+        shared, names = root.parent / SHARED, [Path(stage1).name, Path(base).name]
+        if not all(name.strip(".") for name in names):
+            raise ValueError(f"{names} are no names of folders")
+        return cls(root, shared / names[0], shared / names[1], points)
 
     @classmethod
     def open(cls, root: Path) -> "RunFolder":
