@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 
 def broken_weight(modules: Iterable[nn.Module]) -> str | None:
@@ -21,3 +22,8 @@ def broken_weight(modules: Iterable[nn.Module]) -> str | None:
             if not torch.isfinite(local).all():
                 return f"the weight {name} of {type(module).__name__} has numbers that are NaN or infinite"
     return None
+
+
+def cause_of_logits(model: PreTrainedModel) -> str:
+    """Why a model gives logits that are NaN or infinite, as the end of a sentence."""
+    return broken_weight([model]) or f"all weights are finite, so that activations overflow in {model.dtype}"

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import AnswerError
-from ..not_finite import broken_weight
+from ..not_finite import cause_of_logits
 
 Draw = Callable[[Tensor, list[int], int], Tensor]
 
@@ -96,10 +96,10 @@ def decode_steps(
 
 
 def _not_finite(model: PreTrainedModel, count: int) -> AnswerError:
-    cause = broken_weight([model]) or f"all weights are finite, so that activations overflow in {model.dtype}"
     return AnswerError(
         f"{type(model).__name__} gave logits that are NaN or infinite after {count} new tokens, of which no token can "
-        f"be drawn: {cause}. Look at the model or adapter, or set another dtype. Answers finished before are kept."
+        f"be drawn: {cause_of_logits(model)}. Look at the model or adapter, or set another dtype. Answers finished "
+        "before are kept."
     )
 
 

@@ -176,6 +176,11 @@ def check_writable(folder: Path) -> None:
         raise DataError(f"The output folder {folder} cannot be written: {reason}.") from error
 
 
+def is_first_process() -> bool:
+    """Whether this is the one of several launched together that writes into their folder."""
+    return not int(os.environ.get("RANK", "0"))
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """No other command works in the folder while the block runs. The operating system frees it when this process dies,
@@ -187,7 +192,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         `DataError`: if another command is at work there, naming it, or the folder cannot be written.
     """
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_process():
         yield
         return
     check_writable(folder)

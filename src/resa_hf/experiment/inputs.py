@@ -1,12 +1,11 @@
 """Whether the models and SAEs that a run reads are still those that it was started with."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from ..errors import DataError
 from ..provenance import Revisions
-from .folder import read_json, write_json
+from .folder import is_first_process, read_json, write_json
 
 INPUTS = "inputs.json"
 _NAMES = ("config.json", "adapter_config.json", "cfg.json", "tokenizer.json")
@@ -28,7 +27,7 @@ def check_inputs(folder: Path, revisions: Revisions) -> None:
     Raises:
         `DataError`: if files or commit are others than when the folder was started.
     """
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_process():
         return
     path = folder / INPUTS
     before = read_json(path) if path.is_file() else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.cost import current_device
-from .folder import MANIFEST, read_json, write_json
+from .folder import MANIFEST, is_first_process, read_json, write_json
 from .report import versions
 
 
@@ -28,7 +28,7 @@ def note_start(folder: Path, settings: dict[str, Any], data: dict[str, Any] | No
         settings (`dict`): what it was told, seeds included.
         data (`dict`, *optional*): fingerprints of what it reads, and whatever else tells it.
     """
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_process():
         return
     path = folder / MANIFEST
     starts = read_json(path, list) if path.is_file() else []

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import TrainingError
 from ..hookpoints import backbone
 from ..modes import evaluating
-from ..not_finite import broken_weight
+from ..not_finite import cause_of_logits
 from ..sae.totals import wide_dtype
 
 
@@ -102,8 +102,7 @@ def _prove(model: PreTrainedModel, head: LMHead) -> None:
         hidden = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
         expected = model(input_ids=tokens, use_cache=False).logits[0].to(torch.float32)
     if not expected.isfinite().all():
-        cause = broken_weight([model]) or f"all weights are finite, so that activations overflow in {model.dtype}"
-        raise TrainingError(f"{type(model).__name__} gives logits that are NaN or infinite: {cause}.")
+        raise TrainingError(f"{type(model).__name__} gives logits that are NaN or infinite: {cause_of_logits(model)}.")
     # Half precision rounds each logit to about 2^-8 of its size.
     tolerance = 1e-4 if head.weight.dtype.itemsize >= 4 else 2e-2
     if not torch.allclose(
