@@ -71,7 +71,9 @@ def tune(kind, folder, settings):
 
     from resa_hf.tuning.config import SAETuningConfig
 
+    settings = dict(settings)
     rows, lengths, name = settings.pop("rows"), settings.pop("lengths"), settings.pop("model")
+    resume = settings.pop("resume", None)
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 56, (lengths[i % len(lengths)],), generator=generator).tolist() for i in range(rows)]
     source = tiny_model(5, torch.float32) if settings.get("kl_reference") == "source" else None
@@ -90,7 +92,7 @@ def tune(kind, folder, settings):
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
         **{"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, **settings, **more},
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     check(trainer, kind)
     evaluated = trainer.evaluate(trainer.train_dataset)
     trainer.save_model(folder)
@@ -117,7 +119,53 @@ def train_saes(kind, folder, settings):
     write(trainer, folder, evaluated=evaluated)
 
 
-STAGES = {"tune": tune, "train_saes": train_saes}
+def train_rl(kind, folder, settings):
+    from unittest import mock
+
+    from transformers import GenerationMixin
+
+    from resa_hf.arguments import DataArguments, LoraArguments, ModelArguments
+    from resa_hf.rl import run
+    from resa_hf.rl.config import RLConfig
+
+    settings = dict(settings)
+    generate = fixed_completions if settings.pop("fixed") else GenerationMixin.generate
+    lengths, made = [], run._trainer
+
+    def counted(model, input_ids, **kwargs):
+        whole = generate(model, input_ids=input_ids, **kwargs)
+        lengths.append(whole.shape[1] - input_ids.shape[1])
+        return whole
+
+    def checked(*args):
+        trainer = made(*args)
+        check(trainer, kind)
+        return trainer
+
+    args = RLConfig(output_dir=folder, report_to="none", disable_tqdm=True, **settings, **settings_of(kind))
+    data = DataArguments(dataset="tiny-reasoner", limit=600, held_out=8, template="chat")
+    model = ModelArguments(model_name_or_path="resa_hf/tiny/base", dtype="float32")
+    lora = LoraArguments(lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    with mock.patch.object(run, "_trainer", checked), mock.patch.object(GenerationMixin, "generate", counted):
+        run.train_rl(model, lora, data, args, {})
+    Path(folder, f"lengths-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(lengths))
+
+
+def fixed_completions(model, input_ids, attention_mask, generation_config, **kwargs):
+    """A stand-in for `generate`: the answers to a prompt, four of them, are the same in whichever process."""
+    answers = []
+    for at, (prompt, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
+        weights = torch.arange(1, int(mask.sum()) + 1)
+        generator = torch.Generator().manual_seed(int((prompt[mask.bool()] * weights).sum()) * 4 + at % 4)
+        length = int(torch.randint(5, 20, (), generator=generator))
+        answers.append(torch.randint(3, 56, (length,), generator=generator))
+    ends = torch.tensor(generation_config.eos_token_id).flatten()[:1]
+    return torch.cat(
+        [input_ids, torch.nn.utils.rnn.pad_sequence([torch.cat([a, ends]) for a in answers], True, ends.item())], dim=1
+    )
+
+
+STAGES = {"tune": tune, "train_saes": train_saes, "train_rl": train_rl}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -30,10 +30,12 @@ from resa_hf.sae.trainer import SAETrainer
 TESTS = Path(__file__).parent
 WORKER = str(TESTS / "fault_worker.py")
 DATA = ["--model_name_or_path", "resa_hf/tiny/base", "--dtype", "float32", "--dataset", "tiny-reasoner",
-        "--limit", "120", "--held_out", "21", "--template", "chat", "--max_length", "64", "--report_to", "none",
+        "--limit", "120", "--held_out", "21", "--template", "chat", "--report_to", "none",
         "--use_cpu", "--logging_steps", "1", "--per_device_train_batch_size", "4"]  # fmt: skip
-SAES = ["train-sae", *DATA, "--hookpoints", "layers.1", "layers.2", "--num_latents", "64", "--k", "4"]
-TUNE = ["tune", *DATA, "--learning_rate", "1e-3", "--kl_weight", "0", "--sft_weight", "1"]
+TEXT = [*DATA, "--max_length", "64"]
+SAES = ["train-sae", *TEXT, "--hookpoints", "layers.1", "layers.2", "--num_latents", "64", "--k", "4"]
+TUNE = ["tune", *TEXT, "--learning_rate", "1e-3", "--kl_weight", "0", "--sft_weight", "1"]
+RL = ["train-rl", *DATA, "--learning_rate", "1e-3", "--num_generations", "4", "--max_completion_length", "64"]
 EVERY_2 = ["--save_strategy", "steps", "--save_steps", "2"]
 NEVER = ["--save_strategy", "no"]
 
@@ -77,7 +79,7 @@ def results(folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("words", [[*SAES, "--spread_hookpoints"], [*TUNE]], ids=["I", "II"])
+@pytest.mark.parametrize("words", [[*SAES, "--spread_hookpoints"], TUNE, RL], ids=["Stage I", "Stage II", "RL"])
 def test_sigterm_to_one_of_two_processes_stops_both_with_one_checkpoint(tmp_path, words, request, fault):
     words = [*words, *NEVER, "--max_steps", "8", "--output_dir"]
     code, printed = in_two("SIGTERM", 3, 3, *words, str(tmp_path / "parts"))
@@ -90,9 +92,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_with_one_checkpoint(tmp_path
     assert parts.keys() == whole.keys() and parts and all(same(parts[name], whole[name]) for name in whole)
     (told,) = set(messages(printed))
     which = request.node.callspec.id
-    fault(
-        f"SIGTERM to one of two processes, Stage {which}", told=told, kept="a checkpoint; the rerun has the same bits"
-    )
+    fault(f"SIGTERM to one of two processes, {which}", told=told, kept="a checkpoint; the rerun has the same bits")
 
 
 @pytest.mark.long
@@ -141,33 +141,54 @@ def test_ctrl_c_in_the_middle_of_a_step(tmp_path, fault):
     fault("Ctrl-C in the middle of a step", told=told, kept="checkpoint-4; the rerun ends")
 
 
-@pytest.mark.long
-def test_a_worker_of_a_run_is_killed(tmp_path, fault):
-    content = recipe(tmp_path / "run", processes=2, seeds=[0, 1])
+@contextlib.contextmanager
+def a_run_in_two(folder):
+    """`resa-hf run` with two workers, one of which has written a checkpoint of Stage II; it must be ended in the block.
+    Afterwards a rerun ends it well, and leaves the SAEs that were finished as they are."""
+    content = recipe(folder / "run", processes=2, seeds=[0, 1])
     content["stage2"] |= {"max_steps": 60, "save_strategy": "steps", "save_steps": 10}
-    words = ["run", "--config", str(write(tmp_path / "recipe.yaml", content))]
+    words = [sys.executable, "-m", "resa_hf.cli", "run", "--config", str(write(folder / "recipe.yaml", content))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "resa_hf.cli", *words],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 240
-    while not any((tmp_path / "run").glob("**/arms/**/checkpoint-10/files.json")):
+    while not any((folder / "run").glob("**/arms/**/checkpoint-10/files.json")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
     workers = [one for one in psutil.Process(process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
-    workers[0].kill()
-    printed = process.communicate(timeout=120)[0]
+    yield process, workers
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "run").glob("saes/**/*.safetensors")}
+    assert subprocess.run(words, env=environment(), check=False).returncode == 0
+    assert kept == {path: path.stat().st_mtime_ns for path in kept} and any((folder / "run").glob("report.md"))
+
+
+@pytest.mark.long
+def test_a_worker_of_a_run_is_killed(tmp_path, fault):
+    with a_run_in_two(tmp_path) as (process, workers):
+        workers[0].kill()
+        printed = process.communicate(timeout=120)[0]
     assert process.returncode == 2 and "Traceback" not in printed
     (told,) = messages(printed)
     assert "A worker process was killed" in told and "processes: 1 (now 2)" in told
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("saes/**/*.safetensors")}
-    assert (
-        subprocess.run([sys.executable, "-m", "resa_hf.cli", *words], env=environment(), check=False).returncode == 0
-    )
-    assert kept == {path: path.stat().st_mtime_ns for path in kept} and any((tmp_path / "run").glob("report.md"))
     fault(
         "a worker of `run` with processes: 2 killed", told=told, kept="finished jobs and checkpoints; the rerun ends"
     )
+
+
+@pytest.mark.long
+def test_ctrl_c_reaches_a_run_and_its_workers(tmp_path, fault):
+    # What is started where the signal is ignored, as from a script's background, would ignore it, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with a_run_in_two(tmp_path) as (process, _):
+            os.killpg(process.pid, signal.SIGINT)
+            printed = process.communicate(timeout=120)[0]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.returncode == 130 and "Traceback" not in printed, printed
+    (told,) = messages(printed)
+    fault("Ctrl-C to `run` with processes: 2", told=told, kept="finished jobs and checkpoints; the rerun ends")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class KeepSteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.rows is not None:
+        if self._measures():
             # Before hours of training, not at the first step that is kept.
             frozen_head(causal_lm(self.trainer.model))  # type: ignore[arg-type]  # it is one, inside PEFT
         if self.steps and max(self.steps) > state.max_steps:
@@ -53,12 +53,14 @@ class KeepSteps(TrainerCallback):
             return
         place = self.folder / str(state.global_step)
         self.trainer.save_model(str(place), _internal_call=True)  # which pushes nothing
-        sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
-        if self.rows is not None and not sharded:
+        if self.rows is not None and self._measures():
             model: PeftModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
             moved = movement(model, self.rows)
             if state.is_world_process_zero:
                 write_json(place / MOVEMENT, moved)
+
+    def _measures(self) -> bool:
+        return self.rows is not None and not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
 
     def moved(self) -> dict[str, dict[str, Any]]:
         """By step what was measured, also before an interruption."""

@@ -1,0 +1,85 @@
+"""
+GRPO in two processes: under DDP what one process gives for the same completions, and under FSDP2, ZeRO-2 and ZeRO-3
+what DDP gives, where the processes write answers of different lengths. A run that goes on gives what a whole one gives.
+"""
+
+import json
+
+import pytest
+from distributed_runs import assert_weights_agree, needs_deepspeed, run_jobs
+from distributed_worker import train_rl
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+BASE = {
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 64,
+    "max_steps": 3,
+    "lr_scheduler_type": "constant",
+    "gradient_checkpointing": False,
+    "seed": 0,
+}
+# Scores of random text that differ; plain gradient descent, so that the adapter's difference is that of the gradients.
+FIXED = {
+    "fixed": True,
+    "reward_funcs": ["repetition_penalty"],
+    "repetition_ngram": 1,
+    "optim": "sgd",
+    "learning_rate": 0.02,
+    "max_grad_norm": 0.0,
+    "save_strategy": "no",
+}
+SAMPLED = {"fixed": False, "learning_rate": 1e-3, "beta": 0.04, "checkpoints": [1], "save_steps": 1}
+ADAPTER = "adapter_model.safetensors"
+
+
+def log_of(folder):
+    """What each step says of its loss and rewards."""
+    names = ("loss", "grad_norm", "reward", "reward_std", "kl", "completions/mean_length")
+    log = json.loads((folder / "report.json").read_text())["log"]
+    return [{name: entry[name] for name in names if name in entry} for entry in log if "loss" in entry]
+
+
+def assert_agree(folder, expected):
+    for ours, others in zip(log_of(folder), log_of(expected), strict=True):
+        assert ours == pytest.approx(others, rel=1e-5, abs=1e-5)
+    assert_weights_agree(folder, expected, ADAPTER)
+
+
+def test_two_processes_give_what_one_gives_for_the_same_completions(tmp_path):
+    run_jobs("ddp", [("train_rl", tmp_path / "two", {**BASE, **FIXED})])
+    train_rl("alone", str(tmp_path / "one"), {**BASE, **FIXED, "per_device_train_batch_size": 16})
+    assert_agree(tmp_path / "two", tmp_path / "one")
+    assert all(entry["reward_std"] > 0 and entry["grad_norm"] > 0 for entry in log_of(tmp_path / "one"))
+    trained = load_file(tmp_path / "one" / ADAPTER)
+    assert max(trained[name].abs().max() for name in trained if "lora_B" in name) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    """Three steps under DDP, and what was left after the first of them."""
+    folder = tmp_path_factory.mktemp("rl") / "ddp"
+    run_jobs("ddp", [("train_rl", folder, {**BASE, **SAMPLED})])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fsdp2",
+        pytest.param("zero2", marks=[needs_deepspeed, pytest.mark.long]),
+        pytest.param("zero3", marks=[needs_deepspeed, pytest.mark.long]),
+    ],
+)
+def test_weights_spread_over_processes_give_what_ddp_gives(ddp, kind, tmp_path):
+    begun = {**BASE, **SAMPLED, "max_steps": 2}
+    run_jobs(kind, [("train_rl", tmp_path / "again", begun)])
+    (tmp_path / "again" / "report.json").unlink()
+    run_jobs(kind, [("train_rl", tmp_path / "whole", {**BASE, **SAMPLED}), ("train_rl", tmp_path / "again", BASE | SAMPLED)])
+    for folder in (tmp_path / "whole", tmp_path / "again"):
+        assert_agree(folder, ddp)
+        assert_weights_agree(folder, ddp, f"steps/1/{ADAPTER}")
+    assert (tmp_path / "again/checkpoint-2").is_dir()
+    lengths = [json.loads((tmp_path / f"whole/lengths-{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(lengths[0]) == len(lengths[1]) == 3 and lengths[0] != lengths[1]
