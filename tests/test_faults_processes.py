@@ -143,7 +143,7 @@ def test_ctrl_c_in_the_middle_of_a_step(tmp_path, fault):
 
 @contextlib.contextmanager
 def a_run_in_two(folder):
-    """`resa-hf run` with two workers, one of which has written a checkpoint of Stage II; it must be ended in the block.
+    """`resa-hf run` with two workers, one of which has written a checkpoint of Stage II, to be ended in the block.
     Afterwards a rerun ends it well, and leaves the SAEs that were finished as they are."""
     content = recipe(folder / "run", processes=2, seeds=[0, 1])
     content["stage2"] |= {"max_steps": 60, "save_strategy": "steps", "save_steps": 10}

@@ -72,6 +72,10 @@ CRASHES = [
     ("recipe: features", more("max_length: [1]\n"), "shown"),
     ("recipe: train-rl", more("num_generations: {}\n"), "shown"),
     ("recipe: sweep", more("margin: [1]\n"), "shown"),
+    ("recipe: sweep", more("output_dir: [out]\n"), "shown"),
+    ("model: config.json", changed(num_hidden_layers=133_158), "shown"),
+    ("model without weights: config.json", changed(num_hidden_layers=133_158), "shown"),
+    ("publish: report.json of tune", changed(settings={"sae": "x" * 300}), "accepted"),
     ("card of a base: README.md", lambda _: b"---\nlicense: !!timestamp x\n---\n", "accepted"),
     ("benchmark: gpqa_diamond.jsonl", lambda raw: line(raw, Question=5), "ours"),
     ("benchmark: aime24.jsonl", lambda raw: line(raw, question="\ud800"), "ours"),
@@ -99,6 +103,7 @@ CRASHES = [
     ("Stage I's progress", lambda raw: weights(raw, lambda x: x.reshape(-1)[:1]), "ours"),
     ("publish: report.json of tune", changed(costs={"Stage II": {}}), "ours"),
     ("publish: report.json of train-sae", changed(costs={"Stage I": {"seconds": "x"}}), "ours"),
+    ("explorer: run's report.json, a stranger's", lambda raw: raw.replace(b'"SAE-Tuning"', b'"x"', 1), "ours"),
 ]  # fmt: skip
 
 

@@ -181,8 +181,8 @@ def test_data_that_fail_at_one_point_do_not_keep_the_base_from_the_others(tmp_pa
             "Unknown hookpoint 'layers.9'. Valid: layers.0 to layers.3",
         ),
         ({"grid": {"hookpoint": ["all"]}}, "Unknown hookpoint 'all'"),
-        ({"grid": {"hookpoint": [None]}}, "Unknown hookpoint None"),
-        ({"grid": {"hookpoint": [1]}}, "hookpoint is 1; the SAE that Stage I trains there is named 'layers.1'"),
+        ({"grid": {"hookpoint": [None]}}, "grid: hookpoint is [None]; give names"),
+        ({"grid": {"hookpoint": [1]}}, "grid: hookpoint is [1]; give names, such as layers.1"),
         ({"grid": {"hookpoint": ["model.layers.1"]}}, "Stage I trains there is named 'layers.1'"),
         (
             {"grid": {"hookpoint": ["layers.1"]}, "features": {"cues": ["abc"]}},

@@ -91,7 +91,7 @@ def evidence_of_run(report: Mapping[str, Any], name: str, seed: int | None) -> E
     """
     run, sampling, lines = report["settings"]["run"], report["settings"]["sampling"], report["arms"]
     line = _line(lines, name)
-    arm = next(arm for arm in report["settings"]["arms"] if arm["name"] == name)
+    arm = {arm["name"]: arm for arm in report["settings"]["arms"]}[name]
     # A model that was taken or made without chance is the same with every seed: those are the sampling's.
     made = arm.get("adapter") is None and arm["known"] in (None, "weight_noise", "random_adapter")
     seeded = made or "{seed}" in (arm.get("adapter") or "")

@@ -1,6 +1,6 @@
 """Loading the models of a run: by name or folder, or a base plus a LoRA adapter, which is merged."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from .errors import IncompatibleAdapterError, ResaError
 from .places import Place, parse_place
 from .quantization import keep_layout, nf4_config
 from .truncation import drop_above, truncated
+
+# Far more than any model has. Each is many modules, which take longer to make than a message takes to read.
+_MAX_LAYERS = 4096
 
 
 def load_causal_lm(
@@ -61,7 +64,8 @@ def load_causal_lm(
         if load_in_4bit and merges:
             raise _not_mergeable(str(adapter or adapters[0]))
         cut = truncated(load_skeleton(name, revision=revision), hookpoints) if hookpoints and not merges else None
-        model = _from_pretrained(base, dtype, load_in_4bit, cut)
+        kind, config = (AutoModelForCausalLM, _config(base)) if cut is None else cut
+        model = _from_pretrained(kind, base, config, dtype, load_in_4bit)
         for upper in (*map(str, reversed(adapters)), *([] if adapter is None else [adapter])):
             model = load_reasoning_adapter(model, upper).merge_and_unload()
     except (ResaError, torch.OutOfMemoryError, MemoryError):
@@ -86,20 +90,15 @@ def _not_mergeable(adapter: str) -> ValueError:
 
 
 def _from_pretrained(
-    base: Place,
-    dtype: torch.dtype | str,
-    load_in_4bit: bool,
-    cut: tuple[type[PreTrainedModel], PreTrainedConfig] | None,
+    kind: Any, base: Place, config: PreTrainedConfig, dtype: torch.dtype | str, load_in_4bit: bool
 ) -> PreTrainedModel:
-    kind: Any = AutoModelForCausalLM
     more: dict[str, Any] = {"quantization_config": nf4_config()} if load_in_4bit else {}
-    if cut is not None:
-        kind, more["config"] = cut
     model: PreTrainedModel = kind.from_pretrained(
         base.name,
         revision=base.revision,
         subfolder=base.subfolder or "",
         dtype=dtype,
+        config=config,
         use_safetensors=True,
         trust_remote_code=False,
         **more,
@@ -110,15 +109,35 @@ def _from_pretrained(
 
 
 def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model that `load_causal_lm` takes; an adapter's is that of its base."""
+    """The configuration of a model that `load_causal_lm` takes; an adapter's is that of its base.
+
+    Raises:
+        `OSError`: if there is none.
+        `ValueError`: if it cannot be read, or has more than 4,096 layers or experts.
+    """
     base = _chain(_place(name, revision))[-1]
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            base.name, revision=base.revision, subfolder=base.subfolder or "", trust_remote_code=False
-        )
+        return _config(base)
     except Exception as error:
         raise _unread(f"The configuration of model {name!r} cannot be read", error) from error
+
+
+def _config(base: Place) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        base.name, revision=base.revision, subfolder=base.subfolder or "", trust_remote_code=False
+    )
+    if (layers := max(layer_counts(config.to_dict()), default=0)) > _MAX_LAYERS:
+        raise ValueError(f"it has {layers:,} layers or experts; at most {_MAX_LAYERS:,} can be.")
     return config
+
+
+def layer_counts(config: Mapping[str, Any]) -> Iterator[int]:
+    """How many layers or experts a configuration gives, and those inside it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from layer_counts(value)
+        elif isinstance(value, int) and key.endswith(("layer", "layers", "experts", "depth", "blocks")):
+            yield value
 
 
 def load_skeleton(name: str, *, revision: str | None = None) -> PreTrainedModel:

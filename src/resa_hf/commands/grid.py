@@ -69,6 +69,8 @@ def _checked_grid(grid: Any) -> dict[str, Any]:
             continue
         if not isinstance(values, list) or not values or any(isinstance(value, dict) for value in values):
             raise ValueError(f"grid: {field} is {values!r}; give a list of values.")
+        if field == HOOKPOINT and not all(isinstance(value, str) for value in values):
+            raise ValueError(f"grid: {HOOKPOINT} is {values!r}; give names, such as layers.1.")
     return dict(grid)
 
 

@@ -40,6 +40,7 @@ from .prepare import read_rows, training_questions
 from .response_only import mark_responses
 from .sampled_text import TEXT, TOKENS
 from .settings import RunArguments, RunSettings
+from .shared_disk import check_shared
 
 ADAPTER, TUNING, STAGE1, SECONDS = "adapter", "tuning.json", "stage1.json", "seconds.json"
 
@@ -269,6 +270,7 @@ def train_from_last_checkpoint(trainer: Trainer, every: int = 1) -> float:
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(trainer)
+    check_shared(trainer, checkpoint)
     if checkpoint is not None:
         trainer.args.eval_on_start = False  # the start is behind it, and was evaluated
     told = None if checkpoint is None else Path(checkpoint, SECONDS)

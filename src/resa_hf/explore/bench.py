@@ -24,7 +24,7 @@ from ..adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from ..adapters import load_reasoning_adapter
 from ..errors import ExploreError
 from ..lora_config import CONFIG_FILE as ADAPTER_CONFIG
-from ..models import load_causal_lm, load_skeleton, load_tokenizer
+from ..models import layer_counts, load_causal_lm, load_skeleton, load_tokenizer
 from ..places import parse_place
 from ..precision import runnable_device
 from ..sae.autoencoder import SAELensSAE, TopKSAE
@@ -250,7 +250,7 @@ class Workbench:
             kind = config.get("model_type")
             if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
                 raise ExploreError(f"{found.name!r} is a {kind!r} model, which Transformers does not know by itself.")
-            if (layers := max(_layers(config), default=0)) > _MAX_LAYERS:
+            if (layers := max(layer_counts(config), default=0)) > _MAX_LAYERS:
                 raise ExploreError(f"{found.name!r} has {layers:,} layers or experts; at most {_MAX_LAYERS:,} can be.")
             skeleton = load_skeleton(str(folder))
             # Buffers are not stored: what they take is known from the configuration alone, such as masks by position.
@@ -294,15 +294,6 @@ def _settled(place: str) -> str:
 
 def _adapter_name(number: int) -> str:
     return f"adapter-{number}"
-
-
-def _layers(config: Mapping[str, Any]) -> Iterator[int]:
-    """How many layers or experts a configuration gives, and those inside it: modules, which take long to make."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _layers(value)
-        elif isinstance(value, int) and key.endswith(("layer", "layers", "experts", "depth", "blocks")):
-            yield value
 
 
 def _chosen(name: str, sae_ids: Sequence[str], hookpoint: str | None) -> str:

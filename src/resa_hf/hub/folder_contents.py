@@ -1,5 +1,6 @@
 """What a folder holds that can be published: an adapter, SAEs, and what their reports say of them."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -133,7 +134,7 @@ def _in_run(folder: Path, report: Mapping[str, Any], wanted: str | None, seed: i
         revisions=_revisions(report, adapter),
     )
     found = Found(record, adapter, report=folder)
-    if arm.sae_from == "pretrained" and Path(run["sae"]).is_dir():
+    if arm.sae_from == "pretrained" and os.path.isdir(run["sae"]):
         return replace(found, trained_with=_saes_alone(Path(run["sae"])))
     has_source = run["source_model"] is not None or run["source_adapter"] is not None
     saes = places.sae(arm.sae_from if has_source else "source", seed)
@@ -165,7 +166,8 @@ def _single(folder: Path, report: Mapping[str, Any] | None) -> Found:
     revisions = _revisions(report or {}, folder)
     record = Record(report=report, seed=settings.get("seed"), recipe=settings, revisions=revisions)
     found = Found(record, folder, report=None if report is None else folder)
-    if settings.get("sae") is None or not Path(settings["sae"]).is_dir() or not own_saes(Path(settings["sae"])):
+    # Not by pathlib, which raises for what is too long to be a path.
+    if settings.get("sae") is None or not os.path.isdir(settings["sae"]) or not own_saes(Path(settings["sae"])):
         return found
     return replace(found, trained_with=_saes_alone(Path(settings["sae"])))
 

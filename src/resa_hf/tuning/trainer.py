@@ -293,6 +293,8 @@ class SAETuningTrainer(Guarded, WholeCheckpoints, PushToHub, ShardedRows, Counte
         # Positions as the collator found them on the host; looked for here, the device would have to be waited for.
         counted = inputs["counted"] if "counted" in inputs else counts.flatten().nonzero().squeeze(1)
         with ExitStack() as stack:
+            # accelerate's is around the forward that this method stands in for.
+            stack.enter_context(self.accelerator.autocast())
             if self._insertion is not None and self._placed is not None:
                 self._insertion.set_untouched(self._placed.special_positions(inputs["input_ids"]))
                 every = torch.nn.functional.pad(counts, (0, 1), value=False)
