@@ -176,3 +176,5 @@ if __name__ == "__main__":
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": sys.argv[1][-1]}
     for stage, folder, settings in json.loads(sys.argv[2]):
         STAGES[stage](sys.argv[1], folder, settings)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

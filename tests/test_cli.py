@@ -193,6 +193,16 @@ def test_dry_run_loads_nothing_and_predicts_memory(tmp_path, capsys):
     assert json.loads(printed[: printed.index("\n\n")])["run"]["model_name_or_path"] == "resa_hf/tiny/base"
 
 
+def test_a_command_that_is_done_leaves_the_group_of_its_processes(tmp_path):
+    code = (
+        "import sys, torch.distributed as group; from resa_hf.cli import main\n"
+        "group.init_process_group('gloo', store=group.HashStore(), rank=0, world_size=1)\n"
+        "assert main(sys.argv[1:]) == 0 and not group.is_initialized()"
+    )
+    words = ["demo", "--dry_run", "--output_dir", str(tmp_path / "x")]
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+
+
 def test_help_is_quick():
     def seconds():
         started = time.perf_counter()

@@ -13,7 +13,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from distributed_runs import launch
-from safetensors.torch import load_file
 
 from resa_hf.cli import main as resa_hf
 from resa_hf.tiny import tiny_path
@@ -79,22 +78,6 @@ def test_commands_of_one_process_refuse_to_be_launched_in_several(command, tmp_p
     assert resa_hf([*command.split(), *recipe, "--output_dir", str(tmp_path / "out")]) == 2
     assert f"resa-hf {command} was launched in 2 processes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.long
-def test_reinforcement_in_two_processes_leaves_one_result(tmp_path):
-    recipe = ROOT / "recipes/tiny-reasoner/rl/grpo.yaml"
-    flags = "--limit 900 --per_device_train_batch_size 8 --num_generations 4 --max_steps 2 --save_steps 1"
-    flags += " --checkpoints 1"
-    out = tmp_path / "out"
-    launch(["-m", "resa_hf.cli"], ["train-rl", "--config", str(recipe), "--output_dir", str(out), *flags.split()])
-    report = json.loads((out / "report.json").read_text())
-    assert [entry["step"] for entry in report["log"] if "reward" in entry] == [1, 2]
-    assert report["steps"] == {"1": str(out / "steps" / "1")} and set(report["moved"]) == {"1"}
-    last, first = (load_file(place / "adapter_model.safetensors") for place in (out, out / "steps" / "1"))
-    assert last.keys() == first.keys() and any((last[name] != first[name]).any() for name in last)
-    # The last step's checkpoint is not kept: a run that is finished needs none.
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 @pytest.mark.long

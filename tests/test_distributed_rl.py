@@ -58,10 +58,18 @@ def test_two_processes_give_what_one_gives_for_the_same_completions(tmp_path):
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
-    """Three steps under DDP, and what was left after the first of them."""
+    """Three steps under DDP."""
     folder = tmp_path_factory.mktemp("rl") / "ddp"
     run_jobs("ddp", [("train_rl", folder, {**BASE, **SAMPLED})])
     return folder
+
+
+def test_two_processes_leave_one_result(ddp):
+    report = json.loads((ddp / "report.json").read_text())
+    assert [entry["step"] for entry in report["log"] if "reward" in entry] == [1, 2, 3]
+    assert report["steps"] == {"1": str(ddp / "steps/1")} and report["moved"]["1"]["kl"] > 0
+    # The last step's checkpoint is not kept: a run that is finished needs none.
+    assert {path.name for path in ddp.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
 @pytest.mark.parametrize(

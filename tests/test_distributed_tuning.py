@@ -4,6 +4,7 @@ import pytest
 import torch
 from distributed_runs import assert_logs_agree, assert_weights_agree, needs_deepspeed, run_jobs, told
 from distributed_worker import tune
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from tuning_reference import batch_of, tiny_model
 
@@ -57,6 +58,29 @@ def test_two_processes_give_what_one_gives(root, alone, kind, cases):
         tokens = [entry["num_tokens"] for entry in told(folder)["log"] if "loss" in entry]
         assert tokens[1] == TOKENS and tokens[3] == 2 * TOKENS and len(tokens) == 4
         _loads_in_one_process(root / "model", folder, alone / name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fsdp2",
+        pytest.param("zero2", marks=needs_deepspeed),
+        pytest.param("zero3", marks=needs_deepspeed),
+    ],
+)
+def test_from_a_checkpoint_of_spread_weights_it_ends_with_the_same_bits(root, kind):
+    settings = {**CASES["flow"], "model": str(root / "model"), "per_device_train_batch_size": 4}
+    settings |= {"optim": "adamw_torch", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1}
+    whole, again = root / kind / "whole", root / kind / "again"
+    run_jobs(kind, [("tune", whole, settings)])
+    run_jobs(kind, [("tune", again, {**settings, "resume": str(whole / "checkpoint-2")})])
+    ours, others = load_file(again / "adapter_model.safetensors"), load_file(whole / "adapter_model.safetensors")
+    assert ours.keys() == others.keys() and all(ours[name].equal(others[name]) for name in others)
+    # But for Trainer's train_loss, which divides the sum of a part of the steps by the number of all.
+    logs = [[entry for entry in told(folder)["log"] if "loss" in entry] for folder in (again, whole)]
+    assert [e["loss"] for e in logs[0]] == [e["loss"] for e in logs[1]] and len(logs[0]) == 4
+    assert [e["num_tokens"] for e in logs[0]] == [e["num_tokens"] for e in logs[1]]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 from .explained import explained, reader_is_gone
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with preemption_handled():
             module.main(args[1:])
+        _leave_group()
     except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         # Messages for people. Whoever needs the trace sets this.
         told = None if os.environ.get("RESA_HF_TRACE") else explained(error)
@@ -106,6 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"\nresa-hf {args[0]}: {told}{predicted}", file=sys.stderr)
     return 2
+
+
+def _leave_group() -> None:
+    """Ends what processes that were launched together talk through: its threads may abort a process that just ends."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
