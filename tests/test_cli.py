@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from resa_hf.cli import COMMANDS, main
+from resa_hf.models import load_causal_lm, load_tokenizer
 from resa_hf.sae.autoencoder import TopKSAE
 from resa_hf.sae.checkpoint import save_sae
 
@@ -147,6 +148,31 @@ def test_settings_that_contradict_each_other(tmp_path, tune):
     assert status == 2 and "has no meaning with sae_in: teacher" in message
     status, message = tune()
     assert status == 2 and "the loss zero" in message
+
+
+def test_completion_only_loss_counts_answers_alone(tmp_path, tune, rows):
+    status, told = tune("--completion_only_loss", "true", "--pack", "true")
+    assert status == 2 and "completion_only_loss needs pack: false" in told
+    flags = ["--kl_weight", "0", "--sft_weight", "1", "--held_out", "0", "--per_device_train_batch_size", "64"]
+    status, _ = tune(*flags, "--logging_steps", "1", "--completion_only_loss", "true", data=rows)
+    assert status == 0
+    (step,) = (entry for entry in json.loads((tmp_path / "out/report.json").read_text())["log"] if "loss" in entry)
+    assert step["loss"] == pytest.approx(loss_of_answers(rows), rel=1e-5)
+
+
+@torch.no_grad()
+def loss_of_answers(rows):
+    """The mean over all answers' tokens, their ends included, of the tiny base's cross-entropy, row by row."""
+    model = load_causal_lm("resa_hf/tiny/base", dtype=torch.float32)
+    tokenizer = load_tokenizer("resa_hf/tiny/base")
+    losses = []
+    for row in map(json.loads, rows.read_text().splitlines()):
+        prompt = tokenizer(f"User: {row['frage']}\nAssistant: <think>")["input_ids"]
+        answer = tokenizer(f"{row['antwort']}</think><answer>{row['antwort']}</answer>")["input_ids"]
+        ids, begin = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]]), len(prompt)
+        logits = model(ids).logits[0, begin - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, begin:], reduction="none"))
+    return torch.cat(losses).mean().item()
 
 
 def test_wrong_choice_and_unknown_key_in_yaml(tmp_path, tune):

@@ -18,21 +18,28 @@ from ..experiment.inputs import check_inputs
 from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, tokenize, told_of
 from ..experiment.report import versions
+from ..experiment.response_only import mark_responses
 from ..experiment.stages import tokens_trained_on, train_from_last_checkpoint, warned_of
 from ..provenance import Revisions, data_revisions
 from ..sae.metadata import ce_recovered
 from ..sae.trainer import SAETrainer
+from ..text import evaluation_prompt
 from ..tuning.trainer import SAETuningTrainer
 
 
 def stage_text(
-    data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
+    data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, completion_only: bool = False
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, str]]:
     """Returns training and held-out rows of tokens (`None` if nothing is held out) and what was read, in sentences.
 
+    With `completion_only` the training rows' prompts are marked, to be left out of the loss.
+
     Raises:
         `DataError`: if the data cannot be used.
+        `ValueError`: if prompts are to be marked in rows of several documents.
     """
+    if completion_only and data.pack:
+        raise ValueError("completion_only_loss needs pack: false, one document a row.")
     rows, qa = load_rows(data)
     told = told_of(data, qa)
     train, held_out, _ = split_rows(rows, data)
@@ -41,6 +48,10 @@ def stage_text(
     for name, part in parts.items():
         tokens[name], counted = tokenize(part, data, tokenizer, max_length)
         told[name] = counted.describe()
+    if completion_only:
+        form = {"template": data.template, "tokenizer": tokenizer}
+        prompts = (evaluation_prompt(problem, **form) for problem in train["problem"])
+        tokens["train"] = mark_responses(tokens["train"], prompts, tokenizer)
     for name, sentence in told.items():
         print(f"{name}: {sentence}", flush=True)
     return tokens["train"], tokens.get("held_out"), told

@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
             source = load_causal_lm(
                 source_name, source_args.source_adapter, revision=source_args.source_revision, **weights
             )
-        train, held_out, told = stage_text(data_args, tokenizer, args.max_length or 2048)
+        length, marked = args.max_length or 2048, bool(args.completion_only_loss)
+        train, held_out, told = stage_text(data_args, tokenizer, length, marked)
         # The text is packed already, so that it could be counted before training starts.
         args = dataclasses.replace(args, packing=False)
         model = load_causal_lm(name, model_args.model_adapter, revision=model_args.model_revision, **weights)

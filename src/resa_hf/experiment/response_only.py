@@ -1,6 +1,6 @@
 """Rows of tokens whose prompts are marked, so that Stage II can leave them out of its loss."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -10,14 +10,14 @@ from ..text import encode_prompt
 
 
 def mark_responses(
-    rows: datasets.Dataset, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    rows: datasets.Dataset, prompts: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> datasets.Dataset:
     """Adds the column `completion_mask`, as TRL's `completion_only_loss` reads it: 0 on a prompt, 1 behind it.
 
     Args:
         rows (`datasets.Dataset`):
             One document a row, in the column `input_ids`.
-        prompts (sequence of `str`):
+        prompts (iterable of `str`):
             That of each row, in the rows' order, and perhaps others between them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The rows'.

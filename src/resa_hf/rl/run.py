@@ -12,7 +12,7 @@ from ..arguments import DataArguments, LoraArguments, ModelArguments
 from ..checkpoints import WholeCheckpoints
 from ..evaluation.cost import Cost, current_device
 from ..evaluation.tables import finite, markdown
-from ..experiment.folder import check_settings, check_writable, claim, write_json, write_whole
+from ..experiment.folder import check_settings, claim, write_json, write_whole
 from ..experiment.inputs import INPUTS, check_inputs
 from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, told_of
@@ -50,7 +50,6 @@ def train_rl(
         `ValueError`: for settings that contradict each other.
     """
     output = Path(str(args.output_dir))
-    check_writable(output)
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     train, held_out, told = _read(data, tokenizer, args)
     settings = {"settings": given, "data": told["fingerprint"]}
