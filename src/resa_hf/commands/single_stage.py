@@ -49,8 +49,8 @@ def stage_text(
         tokens[name], counted = tokenize(part, data, tokenizer, max_length)
         told[name] = counted.describe()
     if completion_only:
-        form = {"template": data.template, "tokenizer": tokenizer}
-        prompts = (evaluation_prompt(problem, **form) for problem in train["problem"])
+        asked = train["problem"]
+        prompts = (evaluation_prompt(problem, template=data.template, tokenizer=tokenizer) for problem in asked)
         tokens["train"] = mark_responses(tokens["train"], prompts, tokenizer)
     for name, sentence in told.items():
         print(f"{name}: {sentence}", flush=True)
