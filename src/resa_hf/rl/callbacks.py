@@ -38,7 +38,7 @@ class KeepSteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._measures():
+        if self._measured() is not None:
             # Before hours of training, not at the first step that is kept.
             frozen_head(causal_lm(self.trainer.model))  # type: ignore[arg-type]  # it is one, inside PEFT
         if self.steps and max(self.steps) > state.max_steps:
@@ -53,14 +53,15 @@ class KeepSteps(TrainerCallback):
             return
         place = self.folder / str(state.global_step)
         self.trainer.save_model(str(place), _internal_call=True)  # which pushes nothing
-        if self.rows is not None and self._measures():
+        if (rows := self._measured()) is not None:
             model: PeftModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            moved = movement(model, self.rows)
+            moved = movement(model, rows)
             if state.is_world_process_zero:
                 write_json(place / MOVEMENT, moved)
 
-    def _measures(self) -> bool:
-        return self.rows is not None and not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
+    def _measured(self) -> datasets.Dataset | None:
+        """The rows, where a process holds all weights."""
+        return None if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled else self.rows
 
     def moved(self) -> dict[str, dict[str, Any]]:
         """By step what was measured, also before an interruption."""
