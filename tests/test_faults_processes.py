@@ -129,8 +129,16 @@ def test_one_of_two_processes_is_killed(tmp_path, fault):
     fault("SIGKILL to one of two processes", told=told, kept="checkpoint-2; the rerun has the same bits")
 
 
+@pytest.fixture
+def sigint():
+    """What is started from a script's background ignores the signal, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.long
-def test_ctrl_c_in_the_middle_of_a_step(tmp_path, fault):
+def test_ctrl_c_in_the_middle_of_a_step(tmp_path, fault, sigint):
     words = [*SAES, *EVERY_2, "--max_steps", "8", "--output_dir", str(tmp_path)]
     code, printed = alone("SIGINT", 5, *words)
     assert code == 130 and "Traceback" not in printed
@@ -177,15 +185,10 @@ def test_a_worker_of_a_run_is_killed(tmp_path, fault):
 
 
 @pytest.mark.long
-def test_ctrl_c_reaches_a_run_and_its_workers(tmp_path, fault):
-    # What is started where the signal is ignored, as from a script's background, would ignore it, too.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with a_run_in_two(tmp_path) as (process, _):
-            os.killpg(process.pid, signal.SIGINT)
-            printed = process.communicate(timeout=120)[0]
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_ctrl_c_reaches_a_run_and_its_workers(tmp_path, fault, sigint):
+    with a_run_in_two(tmp_path) as (process, _):
+        os.killpg(process.pid, signal.SIGINT)
+        printed = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "Traceback" not in printed, printed
     (told,) = messages(printed)
     fault("Ctrl-C to `run` with processes: 2", told=told, kept="finished jobs and checkpoints; the rerun ends")
