@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,7 +160,7 @@ def adapters_of(result: Result) -> dict[str, Path]:
         return {
             f"{name} ({result.label})": path
             for name, path in found.items()
-            if (path / "adapter_config.json").is_file()
+            if os.path.isfile(path / "adapter_config.json")  # False, and no error, for what is too long to be a path
         }
 
 
@@ -175,7 +176,7 @@ def runs_of(result: Result) -> list[tuple[Path, Mapping[str, Any]]]:
         if result.kind != "sweep":
             return [(result.folder, result.report)]
         folders = [result.folder / Path(point["folder"]).name for point in result.report["points"]]
-        return [(folder, _read(folder, folder.name).report) for folder in folders if (folder / REPORT).is_file()]
+        return [(folder, _read(folder, folder.name).report) for folder in folders if os.path.isfile(folder / REPORT)]
 
 
 def _arms(folder: Path, run: Mapping[str, Any], where: str) -> Iterator[tuple[str, Path]]:

@@ -1,5 +1,6 @@
 """Adapter repositories: plain PEFT, which loads without resa-hf, on a base that is on the Hub."""
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -57,7 +58,7 @@ def with_base(record: Record, base: str | None, *, token: str | None = None) -> 
             f"The adapter was trained on {name} with {adapter} merged into it, and does not fit {name} alone. Publish "
             "the merged model (--merge); or push that model to the Hub, and name it by --base."
         )
-    if Path(name).exists() or name.startswith("resa_hf/") or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None:
+    if os.path.exists(name) or name.startswith("resa_hf/") or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None:
         raise PublishError(
             f"The adapter was trained on {name}, which nobody else can load by that name. Push the model to the Hub, "
             "and name it by --base owner/name; or publish the merged model (--merge)."

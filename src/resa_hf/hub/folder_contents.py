@@ -124,7 +124,7 @@ def _in_run(folder: Path, report: Mapping[str, Any], wanted: str | None, seed: i
     candidate = None if candidate is None else Candidate(**candidate)
     places = RunFolder.open(folder)
     adapter = places.arm(arm, candidate, seed) / ADAPTER
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(adapter / ADAPTER_CONFIG):  # False, and no error, for what is too long to be a path
         raise PublishError(f"Arm {arm.name!r} has no adapter: there is no {adapter / ADAPTER_CONFIG}.")
     record = Record(
         report=report,
@@ -138,7 +138,7 @@ def _in_run(folder: Path, report: Mapping[str, Any], wanted: str | None, seed: i
         return replace(found, trained_with=_saes_alone(Path(run["sae"])))
     has_source = run["source_model"] is not None or run["source_adapter"] is not None
     saes = places.sae(arm.sae_from if has_source else "source", seed)
-    if arm.sae_from not in ("source", "base") or not (saes / STAGE1).is_file():
+    if arm.sae_from not in ("source", "base") or not os.path.isfile(saes / STAGE1):
         return found
     # Of the models, that which this SAE has read; and the data.
     data = {role: read for role, read in record.revisions.items() if role.endswith("dataset")}
@@ -166,7 +166,6 @@ def _single(folder: Path, report: Mapping[str, Any] | None) -> Found:
     revisions = _revisions(report or {}, folder)
     record = Record(report=report, seed=settings.get("seed"), recipe=settings, revisions=revisions)
     found = Found(record, folder, report=None if report is None else folder)
-    # Not by pathlib, which raises for what is too long to be a path.
     if settings.get("sae") is None or not os.path.isdir(settings["sae"]) or not own_saes(Path(settings["sae"])):
         return found
     return replace(found, trained_with=_saes_alone(Path(settings["sae"])))

@@ -1,5 +1,6 @@
 """The files that must go with what is made from a base: its licence, and the notices that this demands."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def add_licence_files(
 
 def _folder(base: str, revision: str | None, token: str | None) -> Path | None:
     """Where its files lie, if it has any."""
-    if Path(base).is_dir():
+    if os.path.isdir(base):
         return Path(base)
     # Offline, what is asked for would have to be there.
     wanted = [] if constants.HF_HUB_OFFLINE else ["LICENSE*", "NOTICE*"]

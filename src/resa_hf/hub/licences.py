@@ -1,6 +1,7 @@
 """Licences: what the base's own card says, and what a licence asks of the name of a model made from the base."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ def licence_of(
             base,
         )
     if link is not None and _FILE.fullmatch(link):
-        home = None if Path(base).is_dir() else f"https://huggingface.co/{base}/blob/{revision or 'main'}/{link}"
+        home = None if os.path.isdir(base) else f"https://huggingface.co/{base}/blob/{revision or 'main'}/{link}"
         link = _plain(home, _LINK)
     return Licence(key, name, link, datasets=licences)
 
@@ -191,7 +192,7 @@ def _plain(value: Any, pattern: re.Pattern[str]) -> str | None:
 def _metadata(name: str, repo_type: str, revision: str | None, token: str | None) -> Mapping[str, Any]:
     """The metadata of a card; empty if there is none, or none that can be read."""
     try:
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             return metadata_load(Path(name) / "README.md") or {}
         card = hf_hub_download(name, "README.md", repo_type=repo_type, revision=revision, token=token)
         return metadata_load(card) or {}
