@@ -5,12 +5,21 @@ what DDP gives, where the processes write answers of different lengths; also whe
 
 import json
 
+import accelerate
 import pytest
 from distributed_runs import assert_weights_agree, needs_deepspeed, run_jobs
 from distributed_worker import train_rl
+from packaging.version import Version
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
+# The tiny base's embeddings are its LM head.
+fsdp2 = pytest.param(
+    "fsdp2",
+    marks=pytest.mark.skipif(
+        Version(accelerate.__version__) < Version("1.15"), reason="tied embeddings under FSDP2 need accelerate 1.15"
+    ),
+)
 BASE = {
     "num_generations": 4,
     "per_device_train_batch_size": 8,
@@ -75,7 +84,7 @@ def test_two_processes_leave_one_result(ddp):
 @pytest.mark.parametrize(
     "kind",
     [
-        "fsdp2",
+        fsdp2,
         pytest.param("zero2", marks=[needs_deepspeed, pytest.mark.long]),
         pytest.param("zero3", marks=[needs_deepspeed, pytest.mark.long]),
     ],
@@ -91,7 +100,7 @@ def test_weights_spread_over_processes_give_what_ddp_gives(ddp, kind, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(
     "kind",
-    ["fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+    [fsdp2, pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
 )
 def test_from_a_checkpoint_of_spread_weights_it_ends_like_ddp(ddp, kind, tmp_path):
     run_jobs(kind, [("train_rl", tmp_path, {**BASE, **SAMPLED, "max_steps": 2})])
