@@ -56,11 +56,12 @@ def assert_logs_agree(folder, expected):
             assert entry[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (entry.get("step"), name)
 
 
-def assert_weights_agree(folder, expected, pattern):
+def assert_weights_agree(folder, expected, pattern, atol=1e-5):
+    """The files of a pattern are those that are expected, and their tensors, too, but for `atol` in each number."""
     paths = sorted(path.relative_to(expected) for path in Path(expected).glob(pattern))
     assert paths and paths == sorted(path.relative_to(folder) for path in Path(folder).glob(pattern))
     for path in paths:
         ours, others = load_file(Path(folder) / path), load_file(Path(expected) / path)
         assert ours.keys() == others.keys()
         for name, tensor in ours.items():
-            torch.testing.assert_close(tensor, others[name], rtol=0, atol=1e-5, msg=f"{path} {name}")
+            torch.testing.assert_close(tensor, others[name], rtol=0, atol=atol, msg=f"{path} {name}")

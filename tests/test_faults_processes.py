@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from distributed_runs import assert_weights_agree
 from sae_reference import config, rows, same, weights
-from safetensors.torch import load_file
 from small_sweep import recipe, write
 from transformers import TrainerCallback
 
@@ -38,6 +38,8 @@ TUNE = ["tune", *TEXT, "--learning_rate", "1e-3", "--kl_weight", "0", "--sft_wei
 RL = ["train-rl", *DATA, "--learning_rate", "1e-3", "--num_generations", "4", "--max_completion_length", "64"]
 EVERY_2 = ["--save_strategy", "steps", "--save_steps", "2"]
 NEVER = ["--save_strategy", "no"]
+ADAPTER = "adapter_model.safetensors"
+LEFT = {"train-sae": "layers.*/*.safetensors", "tune": ADAPTER, "train-rl": ADAPTER}
 
 
 def environment():
@@ -73,11 +75,6 @@ def steps_skipped(folder):
     return max(entry.get("skipped_steps", 0) for entry in log)
 
 
-def results(folder):
-    found = {str(path.relative_to(folder)): load_file(path) for path in folder.glob("layers.*/*.safetensors")}
-    return found | {path.name: load_file(path) for path in folder.glob("adapter_model.safetensors")}
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("words", [[*SAES, "--spread_hookpoints"], TUNE, RL], ids=["Stage I", "Stage II", "RL"])
 def test_sigterm_to_one_of_two_processes_stops_both_with_one_checkpoint(tmp_path, words, request, fault):
@@ -88,8 +85,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_with_one_checkpoint(tmp_path
     assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-4"]
     assert in_two("none", 0, 0, *words, str(tmp_path / "parts"))[0] == 0
     assert in_two("none", 0, 0, *words, str(tmp_path / "whole"))[0] == 0
-    parts, whole = results(tmp_path / "parts"), results(tmp_path / "whole")
-    assert parts.keys() == whole.keys() and parts and all(same(parts[name], whole[name]) for name in whole)
+    assert_weights_agree(tmp_path / "parts", tmp_path / "whole", LEFT[words[0]], atol=0)
     (told,) = set(messages(printed))
     which = request.node.callspec.id
     fault(f"SIGTERM to one of two processes, {which}", told=told, kept="a checkpoint; the rerun has the same bits")
@@ -124,8 +120,7 @@ def test_one_of_two_processes_is_killed(tmp_path, fault):
     assert (tmp_path / "parts" / "checkpoint-2" / "files.json").is_file()
     for folder in ("parts", "whole"):
         assert in_two("none", 0, 0, *words, str(tmp_path / folder))[0] == 0
-    parts, whole = results(tmp_path / "parts"), results(tmp_path / "whole")
-    assert parts and all(same(parts[name], whole[name]) for name in whole)
+    assert_weights_agree(tmp_path / "parts", tmp_path / "whole", LEFT["train-sae"], atol=0)
     fault("SIGKILL to one of two processes", told=told, kept="checkpoint-2; the rerun has the same bits")
 
 

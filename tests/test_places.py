@@ -51,6 +51,12 @@ def test_what_is_no_place(text):
         parse_place(text)
 
 
+@pytest.mark.parametrize("text", ["a" * 300, "/a" * 3000])
+def test_what_is_too_long_to_be_a_folder(text):
+    with pytest.raises(ValueError, match="is no folder here, and no place on the Hub"):
+        parse_place(text)
+
+
 @pytest.mark.parametrize(
     "text", ["a/b/../c", "a/b@../x", "a/b@r/..", "a/b@..%2F..%2Fx", "a/b/c:d", "a/b@r/c\\d", "a/b/c\nd"]
 )

@@ -6,11 +6,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from distributed_runs import TESTS, launch
-from safetensors.torch import load_file
+from distributed_runs import TESTS, assert_weights_agree, launch
 
 pytestmark = pytest.mark.long
 CONFIG = TESTS.parent / "recipes/accelerate_configs/two_nodes.yaml"
@@ -21,6 +19,7 @@ DATA = ["--model_name_or_path", "resa_hf/tiny/base", "--dtype", "float32", "--da
 SAES = ["train-sae", *DATA, "--hookpoints", "layers.1", "layers.2", "--num_latents", "64", "--k", "4"]
 SAES += ["--spread_hookpoints", "--output_dir"]
 TUNE = ["tune", *DATA, "--learning_rate", "1e-3", "--sae_id", "layers.2", "--output_dir", "out", "--sae"]
+ADAPTER = "out/adapter_model.safetensors"
 
 
 def on_two_machines(words, places):
@@ -41,16 +40,6 @@ def on_two_machines(words, places):
     return [process.returncode for process in running], printed
 
 
-def weights(folder):
-    paths = [*Path(folder).glob("layers.*/*.safetensors"), *Path(folder).glob("adapter_model.safetensors")]
-    return {(str(path.relative_to(folder)), name): x for path in paths for name, x in load_file(path).items()}
-
-
-def assert_same(folder, expected):
-    ours, others = weights(folder), weights(expected)
-    assert ours.keys() == others.keys() and others and all(ours[name].equal(others[name]) for name in others)
-
-
 @pytest.fixture(scope="module")
 def one_machine(tmp_path_factory):
     """Both stages in two processes of one machine."""
@@ -61,11 +50,11 @@ def one_machine(tmp_path_factory):
 
 
 def test_two_machines_with_one_disk_give_what_one_machine_gives(one_machine, tmp_path):
-    for words, folder in (([*SAES, "saes"], "saes"), ([*TUNE, "saes"], "out")):
+    for words, files in (([*SAES, "saes"], "saes/layers.*/*.safetensors"), ([*TUNE, "saes"], ADAPTER)):
         codes, printed = on_two_machines(words, [tmp_path, tmp_path])
         assert codes == [0, 0], printed
         assert not any("does not see" in text for text in printed)
-        assert_same(tmp_path / folder, one_machine / folder)
+        assert_weights_agree(tmp_path, one_machine, files, atol=0)
     assert not list(tmp_path.glob("*/.seen-*"))
 
 
@@ -78,7 +67,7 @@ def test_two_machines_with_a_disk_each(one_machine, tmp_path, flags, fault):
     codes, printed = on_two_machines(words, places)
     assert codes == [0, 0], printed
     assert ["does not see" in text for text in printed] == [not flags, False]
-    assert_same(places[0] / "out", one_machine / "out")
+    assert_weights_agree(places[0], one_machine, ADAPTER, atol=0)
     # As if they had been stopped before the end.
     (places[0] / "out/report.json").unlink()
     codes, printed = on_two_machines(words, places)
@@ -91,7 +80,7 @@ def test_two_machines_with_a_disk_each(one_machine, tmp_path, flags, fault):
         shutil.copytree(places[0] / "out/checkpoint-2", places[1] / "out/checkpoint-2", dirs_exist_ok=True)
         codes, printed = on_two_machines(words, places)
     assert codes == [0, 0], printed
-    assert_same(places[0] / "out", one_machine / "out")
+    assert_weights_agree(places[0], one_machine, ADAPTER, atol=0)
 
 
 def test_two_machines_with_a_disk_each_do_not_spread_saes(tmp_path):

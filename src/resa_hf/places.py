@@ -1,7 +1,8 @@
 """Where a model or an adapter lies: a folder, or a place on the Hub, spelled as the Hub does in hf:// paths."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from huggingface_hub import parse_hf_uri
 from huggingface_hub.utils import validate_repo_id
@@ -40,7 +41,7 @@ class Place:
     @property
     def is_folder(self) -> bool:
         """Whether it is a folder on this machine."""
-        return Path(self.name).is_dir()
+        return os.path.isdir(self.name)  # False, and no error, for what is too long to be a path
 
     def __str__(self) -> str:
         revision = "" if self.revision is None else f"@{self.revision.replace('/', '%2F')}"
@@ -72,7 +73,7 @@ def parse_place(text: str, *, revision: str | None = None, subfolder: str | None
 def _parsed(text: str) -> Place:
     if text in _TINY:
         return Place(str(_TINY[text]))
-    if text and Path(text).is_dir():
+    if os.path.isdir(text):
         return Place(text)
     try:
         if not {"/", "@"} & set(text):

@@ -36,11 +36,13 @@ def check_shared(trainer: Trainer, checkpoint: str | None) -> None:
                 f"{blind} does not see {checkpoint}, from which the first one goes on. Let all machines share the "
                 "disk of output_dir, or copy that folder's files to each of them and set save_on_each_node: true."
             )
+    if args.save_on_each_node and not spread:
+        return
     blind = _blind(_sees_the_first(trainer, output))
     told = f"{blind} does not see what the first one writes into {output}."
     if blind and spread:
         raise TrainingError(f"{told} With spread_hookpoints: true all machines must share the disk of output_dir.")
-    if blind and not args.save_on_each_node and trainer.is_world_process_zero():
+    if blind and trainer.is_world_process_zero():
         warnings.warn(
             f"{told} If this run is interrupted it cannot go on. Let all machines share the disk of output_dir, or "
             "set save_on_each_node: true.",
