@@ -33,6 +33,21 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
+
+@pytest.fixture(scope="session", autouse=True)
+def _silent_garbage() -> None:
+    """
+    Progress bars that an error left open write nothing when they are collected.
+
+    wandb, which sae-lens imports, keeps a note of each write in a `ContextVar`, and Python 3.11 may collect garbage
+    while another `ContextVar` is set or reset: transformers' then fails in a forward that has nothing to do with it
+    (https://github.com/python/cpython/issues/148891).
+    """
+    from tqdm import tqdm
+
+    tqdm.__del__ = lambda bar: None
+
+
 ModelFactory = Callable[..., "PreTrainedModel"]
 
 

@@ -1,10 +1,12 @@
 """Several processes and one list of tasks: each is done once, also where a process is killed in the middle of one."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,24 @@ def test_a_mistake_in_the_code_is_no_failure_of_the_task(tmp_path):
     with pytest.raises(TypeError, match="a bug"):
         work_through([Task("a", broken)], tmp_path, 0.0)
     assert work_through([Task("a", lambda: None)], tmp_path, 0.0) == {}  # its lock is free again
+
+
+def test_what_a_failed_task_held_is_gone_before_the_next_begins(tmp_path):
+    class Model:
+        pass
+
+    seen = []
+
+    def fail():
+        model = Model()
+        model.itself = model  # as hooks and callbacks refer to what they belong to
+        seen.append(weakref.ref(model))
+        raise ValueError("no")
+
+    tasks = [Task("first", fail), Task("second", lambda: seen.append(seen[0]()))]
+    gc.disable()
+    try:
+        assert work_through(tasks, tmp_path, since=time.time()) == {"first": "no"}
+    finally:
+        gc.enable()
+    assert seen[1] is None

@@ -32,7 +32,7 @@ def rows_forgotten() -> Iterator[None]:
     try:
         yield
     finally:
-        # Not by `reset`, which fails where another library (greenlet, of Playwright) has changed the context since.
+        # Not by `reset`, which can fail: https://github.com/python/cpython/issues/148891.
         _forgotten.set(before)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ The operating system releases a file's lock when the process that holds it dies,
 with what it left. All must see one file system, which must know locks (NFS does; Lustre if mounted with `flock`).
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,8 +84,11 @@ def _attempt(task: Task, places: Path, since: float) -> str | None:
                 task.run()
             except (ValueError, OSError) as error:
                 write_whole(marker, str(error) or type(error).__name__)
-                return marker.read_text()
-            marker.unlink(missing_ok=True)
-            return ""
+                failure = marker.read_text()
+            else:
+                marker.unlink(missing_ok=True)
+                return ""
+        gc.collect()  # the models of what failed refer to themselves, and the next task needs their room
+        return failure
     except Timeout:
         return None
