@@ -174,6 +174,10 @@ def test_tokens_that_the_model_does_not_know_are_refused_before_training(make_mo
         SAETrainer(make_model("qwen2"), config(tmp_path), wrong)
     known = Dataset.from_dict({"input_ids": [[1, 2, 3] * 5, [4, VOCABULARY - 1, 5] * 5]})
     make_trainer(tiny_model(), tmp_path, sae=tiny_sae(), dataset=known)
+    # As mllama, whose embedding has more rows than its vocabulary tokens.
+    model = make_model("qwen2")
+    model.get_input_embeddings().weight = torch.nn.Parameter(torch.zeros(VOCABULARY + 1, 32))
+    SAETrainer(model, config(tmp_path), wrong)
 
 
 def test_an_adapter_that_has_not_moved_is_told(tmp_path, capsys):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken
-from transformers import Qwen2Tokenizer
+from transformers import AriaConfig, DogeConfig, DogeForCausalLM, Qwen2Config, Qwen2Tokenizer
 
-from resa_hf.models import check_same_vocabulary, load_causal_lm, load_tokenizer
+from resa_hf.models import check_same_vocabulary, layer_counts, load_causal_lm, load_config, load_tokenizer
 from resa_hf.precision import runnable_precision
 from resa_hf.tiny import load_tiny_base, load_tiny_source, tiny_path
 from resa_hf.tiny.tokenizer import build_tokenizer
@@ -108,3 +108,15 @@ def test_precision_with_an_accelerator(monkeypatch):
     assert runnable_precision(None, False, False) == {"bf16": True, "use_cpu": False}
     assert runnable_precision(None, True, False) == {"bf16": False, "use_cpu": False}
     assert runnable_precision(None, False, True) == {"bf16": False, "use_cpu": True}
+
+
+def test_a_model_of_too_many_layers_is_refused(tmp_path):
+    Qwen2Config(num_hidden_layers=16_385, layer_types=None).save_pretrained(tmp_path / "deep")
+    with pytest.raises(ValueError, match="it has 16,385 layers or experts; at most 16,384 can be"):
+        load_config(str(tmp_path / "deep"))
+    # A dense one; its configuration says 16,384 experts all the same.
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    doge = DogeForCausalLM(DogeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    doge.save_pretrained(tmp_path / "doge")
+    assert load_causal_lm(str(tmp_path / "doge")).config.model_type == "doge"
+    assert 28 not in list(layer_counts(AriaConfig().to_dict())), "its keys are not all text"

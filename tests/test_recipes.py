@@ -160,7 +160,12 @@ def test_arms_hold_values_of_their_types_and_only_what_differs(tmp_path):
         ("dataset: [d]", r"recipe.yaml: dataset is \['d'\]; it must be text\."),
         ("model_revision: 1234567", "model_revision is 1234567; it must be text: put it in quotes"),
         ("seeds: [null]", r"seeds is \[None\]; it must be a list, each a whole number"),
-        ("seeds: 3", "seeds is 3; it must be a list, each a whole number"),
+        ("seeds: one", "seeds is 'one'; it must be a list, each a whole number"),
+        ("seeds: {a: 1}", r"seeds is \{'a': 1\}; it must be a list, each a whole number"),
+        ("learning_rates: [1e-4, fast]", r"learning_rates is \['1e-4', 'fast'\]; it must be a list, each a number"),
+        ("dataset_revision: 2026-01-01", "dataset_revision is .*; it must be text: put it in quotes"),
+        ("stage2: {save_strategy: no}", "save_strategy is False; it must be text: put it in quotes"),
+        ("stage2: {report_to: no}", "report_to is False; it must be text or a list, each text: put it in quotes"),
         ("processes: 1.5", "processes is 1.5; it must be a whole number"),
         ("stage2: {learning_rate: [1.0]}", r"stage2: learning_rate is \[1.0\]; it must be a number"),
         ("sampling: {temperature: -1.0}", "temperature is -1.0"),
@@ -207,3 +212,25 @@ def test_bad_recipes(tmp_path, text, message):
 def test_a_recipe_that_is_not_there():
     with pytest.raises(ValueError, match="There is no recipe nowhere.yaml"):
         parse_run(["--config", "nowhere.yaml"], "test", "")
+
+
+def test_lists_as_yaml_has_them(tmp_path):
+    """YAML reads 1e-4 as text; and one value is a list of one, as it is for a flag."""
+    given = ["--model_name_or_path", "m", "--dataset", "d.jsonl", "--output_dir", "x", "--config"]
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "learning_rates: [1e-4, 1.0e-3]\nselection: 4\nseeds: 3\ncheckpoints: '10'\nstage1: {hookpoints: 12}\n"
+        "lora_target_modules: all-linear"
+    )
+    settings = parse_run([*given, str(run)], "test", "")
+    assert settings.run.learning_rates == [1e-4, 1e-3] and settings.run.seeds == [3]
+    assert settings.run.checkpoints == [10] and settings.stage1["hookpoints"] == [12]
+    assert settings.run.lora_config().target_modules == "all-linear"
+    rl = tmp_path / "rl.yaml"
+    rl.write_text("reward_funcs: accuracy\nreward_weights: [1e0]\ncosine_wrong: [-1e-1, 0]\nuse_cpu: true")
+    *_, args = parse_flat(RL, [*given, str(rl)], "test", "")[0]
+    assert args.reward_funcs == ["accuracy"] and args.reward_weights == [1.0] and args.cosine_wrong == [-0.1, 0]
+    evaluate = tmp_path / "evaluate.yaml"
+    evaluate.write_text("adapters: a=runs/a\ntasks: resa:aime24")
+    (asked,), _ = parse_flat((EvaluateArguments,), [*given[:2], *given[4:], str(evaluate)], "test", "")
+    assert asked.adapters == ["a=runs/a"] and asked.tasks == ["resa:aime24"]

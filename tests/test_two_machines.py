@@ -56,6 +56,9 @@ def test_two_machines_with_one_disk_give_what_one_machine_gives(one_machine, tmp
         assert not any("does not see" in text for text in printed)
         assert_weights_agree(tmp_path, one_machine, files, atol=0)
     assert not list(tmp_path.glob("*/.seen-*"))
+    codes, printed = on_two_machines([*TUNE, "saes", "--save_on_each_node", "--output_dir", "twice"], [tmp_path] * 2)
+    said = "resa-hf tune: The machines share the disk of twice: leave save_on_each_node out."
+    assert codes == [1, 1] and all(said in text for text in printed)
 
 
 @pytest.mark.parametrize("flags", [[], ["--save_on_each_node"]], ids=["first", "each"])
@@ -68,6 +71,10 @@ def test_two_machines_with_a_disk_each(one_machine, tmp_path, flags, fault):
     assert codes == [0, 0], printed
     assert ["does not see" in text for text in printed] == [not flags, False]
     assert_weights_agree(places[0], one_machine, ADAPTER, atol=0)
+    finished = (places[0] / "out/adapter_model.safetensors").stat().st_mtime_ns
+    codes, printed = on_two_machines(words, places)
+    assert codes == [0, 0] and not any("lost another one" in text for text in printed)
+    assert (places[0] / "out/adapter_model.safetensors").stat().st_mtime_ns == finished
     # As if they had been stopped before the end.
     (places[0] / "out/report.json").unlink()
     codes, printed = on_two_machines(words, places)
@@ -79,8 +86,12 @@ def test_two_machines_with_a_disk_each(one_machine, tmp_path, flags, fault):
         fault("two machines that share no disk, at resume", told=told, kept="the first one's checkpoint")
         shutil.copytree(places[0] / "out/checkpoint-2", places[1] / "out/checkpoint-2", dirs_exist_ok=True)
         codes, printed = on_two_machines(words, places)
-    assert codes == [0, 0], printed
+    assert codes == [0, 0] and not any("random state" in text for text in printed), printed
     assert_weights_agree(places[0], one_machine, ADAPTER, atol=0)
+    (places[0] / "out/report.json").unlink()
+    (places[1] / "out/checkpoint-2/rng_state_1.pth").unlink()
+    codes, printed = on_two_machines(words, places)
+    assert codes == [0, 0] and "Process 1 of 2 does not find its random state in out/checkpoint-2" in printed[0]
 
 
 def test_two_machines_with_a_disk_each_do_not_spread_saes(tmp_path):

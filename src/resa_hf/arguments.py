@@ -111,6 +111,8 @@ class LoraArguments:
             raise ValueError(f"lora_r is {self.lora_r}; it must be at least 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be between 0 and 1.")
+        if self.lora_target_modules == ["all-linear"]:  # PEFT's word for it
+            self.lora_target_modules = None
 
     def lora_config(self) -> "LoraConfig":
         """PEFT's settings."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def _open(
         opened = _tiny_rows(tiny_rows, TINY[str(source)])
     elif not preset.repo and _is_file(source):
         path = Path(source).expanduser()
-        if not path.exists():
+        if not os.path.exists(path):
             raise DataError(
                 f"There is no file {path}. Presets: {', '.join((*PRESETS, *TINY))}. "
                 "A Hub dataset is spelled owner/name."

@@ -236,7 +236,8 @@ def check_token_id(largest: int, model: nn.Module, name: str) -> None:
         `DataError`: if the model has no embedding of it.
     """
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    known = bare.config.get_text_config().vocab_size  # of the weight itself, ZeRO-3 leaves nothing to count
+    # Of the weight, ZeRO-3 leaves nothing to count; and a few models have more rows than vocab_size, such as mllama.
+    known = bare.get_input_embeddings().weight.shape[0] or bare.config.get_text_config().vocab_size
     if largest >= known:
         raise DataError(
             f"{name} has the token {largest}, but the model has embeddings of {known:,} tokens (0 to {known - 1}): "

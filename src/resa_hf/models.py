@@ -21,7 +21,7 @@ from .quantization import keep_layout, nf4_config
 from .truncation import drop_above, truncated
 
 # Far more than any model has. Each is many modules, which take longer to make than a message takes to read.
-_MAX_LAYERS = 4096
+_MAX_LAYERS = 16_384  # the experts of a Doge by default, also where it has none
 
 
 def load_causal_lm(
@@ -113,7 +113,7 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
 
     Raises:
         `OSError`: if there is none.
-        `ValueError`: if it cannot be read, or has more than 4,096 layers or experts.
+        `ValueError`: if it cannot be read, or has more than 16,384 layers or experts.
     """
     base = _chain(_place(name, revision))[-1]
     try:
@@ -131,12 +131,12 @@ def _config(base: Place) -> PreTrainedConfig:
     return config
 
 
-def layer_counts(config: Mapping[str, Any]) -> Iterator[int]:
+def layer_counts(config: Mapping[Any, Any]) -> Iterator[int]:
     """How many layers or experts a configuration gives, and those inside it."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from layer_counts(value)
-        elif isinstance(value, int) and key.endswith(("layer", "layers", "experts", "depth", "blocks")):
+        elif isinstance(value, int) and str(key).endswith(("layer", "layers", "experts", "depth", "blocks")):
             yield value
 
 

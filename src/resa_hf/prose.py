@@ -1,5 +1,6 @@
 """Plain text to train an SAE on that has seen no reasoning task: the `prose_sae` control."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ def load_prose(source: str | Path = PYTHON_DOCS) -> datasets.Dataset:
         documents = _paragraphs("\n\n".join(topics.values()))
     elif path.suffix.lower() in SUFFIXES:
         raise DataError(f"{source} holds rows; prose is read from a text file, a Hub dataset, or {PYTHON_DOCS!r}.")
-    elif path.is_file():
+    elif os.path.isfile(path):
         try:
             documents = _paragraphs(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:

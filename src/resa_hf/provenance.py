@@ -1,5 +1,6 @@
 """Which commits were read: of models, adapters, SAEs and datasets, by their role. Asked after loading, offline."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def commit_of(name: str, *, revision: str | None = None) -> str | None:
     Returns:
         `str` or `None`: 40 hexadecimal digits; `None` for what is not on the Hub, or was not loaded from it.
     """
-    if Path(name).exists():
+    if os.path.exists(name):
         return None
     try:
         # No file is asked for, so that none can be missing: what is left is the folder of the revision.
@@ -61,7 +62,7 @@ def local_name(name: str) -> str:
     How a report names what was read: a folder or file by its absolute path, which cannot be taken for a repository on
     the Hub, wherever the report is read; what ships here, and all else, by its own name.
     """
-    if not name or not Path(name).expanduser().exists():
+    if not name or not os.path.exists(os.path.expanduser(name)):
         return name
     return _SHIPPED.get(name) or str(Path(name).expanduser().absolute())
 

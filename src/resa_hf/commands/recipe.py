@@ -16,7 +16,7 @@ from ..experiment.arms import STUDENT, Arm, make_arms
 from ..experiment.settings import RunArguments, RunSettings
 from ..sae.config import SAETrainingConfig
 from ..tuning.config import SAETuningConfig
-from .yaml_types import check_types
+from .yaml_types import typed
 
 SECTIONS: dict[str, Any] = {"stage1": SAETrainingConfig, "stage2": SAETuningConfig, "sampling": Sampling}
 # The run sets these itself: one value for all arms would be wrong, or would be overwritten.
@@ -166,8 +166,7 @@ def _set_defaults(parser: TrlParser, recipe: Mapping[str, Any], where: str) -> N
     nulls = [name for name, value in recipe.items() if value is None and name in hints]
     if empty := [name for name in nulls if type(None) not in get_args(hints[name])]:
         raise ValueError(f"{where} sets {', '.join(empty)} to null: give a value, or leave it out.")
-    check_types(recipe, hints, where)
-    unknown = parser.set_defaults_with_config(**recipe)[::2]
+    unknown = parser.set_defaults_with_config(**typed(recipe, hints, where))[::2]
     if unknown:
         raise ValueError(f"{where} has unknown keys: {', '.join(word.removeprefix('--') for word in unknown)}.")
 

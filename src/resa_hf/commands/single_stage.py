@@ -19,6 +19,7 @@ from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, tokenize, told_of
 from ..experiment.report import versions
 from ..experiment.response_only import mark_responses
+from ..experiment.shared_disk import told_by_first
 from ..experiment.stages import tokens_trained_on, train_from_last_checkpoint, warned_of
 from ..provenance import Revisions, data_revisions
 from ..sae.metadata import ce_recovered
@@ -32,14 +33,11 @@ def stage_text(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, str]]:
     """Returns training and held-out rows of tokens (`None` if nothing is held out) and what was read, in sentences.
 
-    With `completion_only` the training rows' prompts are marked, to be left out of the loss.
+    With `completion_only`, of rows with one document each, their prompts are marked, to be left out of the loss.
 
     Raises:
         `DataError`: if the data cannot be used.
-        `ValueError`: if prompts are to be marked in rows of several documents.
     """
-    if completion_only and data.pack:
-        raise ValueError("completion_only_loss needs pack: false, one document a row.")
     rows, qa = load_rows(data)
     told = told_of(data, qa)
     train, held_out, _ = split_rows(rows, data)
@@ -48,10 +46,10 @@ def stage_text(
     for name, part in parts.items():
         tokens[name], counted = tokenize(part, data, tokenizer, max_length)
         told[name] = counted.describe()
-    if completion_only:
-        asked = train["problem"]
-        prompts = (evaluation_prompt(problem, template=data.template, tokenizer=tokenizer) for problem in asked)
-        tokens["train"] = mark_responses(tokens["train"], prompts, tokenizer)
+        if completion_only:
+            asked = part["problem"]
+            prompts = (evaluation_prompt(problem, template=data.template, tokenizer=tokenizer) for problem in asked)
+            tokens[name] = mark_responses(tokens[name], prompts, tokenizer)
     for name, sentence in told.items():
         print(f"{name}: {sentence}", flush=True)
     return tokens["train"], tokens.get("held_out"), told
@@ -82,8 +80,9 @@ def run_stage(
     claim(output, {"settings": settings, "data": told["fingerprint"]})
     check_inputs(output, revisions)
     path = output / "report.json"
-    if path.is_file():
-        read_json(path)  # not one that was cut
+    if told_by_first(path.is_file()):
+        if path.is_file():
+            read_json(path)  # not one that was cut
         return path  # finished before
     note_start(output, settings, told)
     seconds = train_from_last_checkpoint(trainer)

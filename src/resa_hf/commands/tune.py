@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
             f"kl_reference is {args.kl_reference!r} and a source model is {named}: "
             "`source_model` or `source_adapter` is needed with kl_reference: source, and has no use otherwise."
         )
+    if args.completion_only_loss and data_args.pack:
+        raise ValueError("completion_only_loss needs pack: false, one document a row.")
     if dry:
         print(describe_stage(model_args, data_args, given, (args, lora_args, source_args)))
         return

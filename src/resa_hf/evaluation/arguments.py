@@ -1,9 +1,9 @@
 """The settings of `resa-hf evaluate`."""
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..arguments import ModelArguments, unset_none
 from .benchmarks import FileTasks
@@ -115,7 +115,7 @@ class EvaluateArguments(ModelArguments):
     def name_and_place(adapter: str) -> tuple[str, str]:
         """Splits `name=folder`; without a name the folder, which may hold a `=` of its own, is the name."""
         name, separator, place = adapter.partition("=")
-        return (name, place) if separator and "/" not in name and not Path(adapter).is_dir() else (adapter, adapter)
+        return (name, place) if separator and "/" not in name and not os.path.isdir(adapter) else (adapter, adapter)
 
     def files(self) -> FileTasks:
         """How tasks are made of files."""

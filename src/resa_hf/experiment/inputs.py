@@ -1,6 +1,7 @@
 """Whether the models and SAEs that a run reads are still those that it was started with."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from ..errors import DataError
@@ -43,7 +44,7 @@ def check_inputs(folder: Path, revisions: Revisions) -> None:
 
 def _state(name: str, commit: str | None) -> str | None:
     """The commit of a repository, a hash of the files of a folder; `None` for what ships here, or is not known."""
-    if commit is not None or not Path(name).is_dir():
+    if commit is not None or not os.path.isdir(name):
         return commit
     digest = hashlib.sha256()
     for path in sorted(Path(name).rglob("*")):

@@ -101,9 +101,6 @@ class RunArguments(ModelArguments, SourceArguments, LoraArguments, DataArguments
                 f"load_in_4bit: source_adapter {self.source_adapter!r} cannot be merged into 4-bit weights, which "
                 "would round much of it away. Merge it in full precision, save the merged model and name that."
             )
-        # YAML reads 1e-4 as text.
-        if self.learning_rates is not None:
-            self.learning_rates = [float(rate) for rate in self.learning_rates]
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; give at least one, each once.")
         several = len(self.learning_rates or []) > 1 or len(self.checkpoints or []) > 1

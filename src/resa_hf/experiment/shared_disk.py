@@ -3,6 +3,7 @@
 import secrets
 import warnings
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
@@ -21,7 +22,7 @@ def check_shared(trainer: Trainer, checkpoint: str | None) -> None:
 
     Raises:
         `TrainingError`: in all processes, if one of them does not see the checkpoint, or the folder through which SAEs
-            that are spread over processes are collected.
+            that are spread over processes are collected; or if machines that share the disk are each to save there.
     """
     args = trainer.args
     if args.world_size == 1:
@@ -36,13 +37,22 @@ def check_shared(trainer: Trainer, checkpoint: str | None) -> None:
                 f"{blind} does not see {checkpoint}, from which the first one goes on. Let all machines share the "
                 "disk of output_dir, or copy that folder's files to each of them and set save_on_each_node: true."
             )
-    if args.save_on_each_node and not spread:
-        return
-    blind = _blind(_sees_the_first(trainer, output))
+        lacking = _blind(Path(checkpoint, f"rng_state_{args.process_index}.pth").is_file())
+        if lacking and trainer.is_world_process_zero():
+            warnings.warn(
+                f"{lacking} does not find its random state in {checkpoint}: dropout and noise are drawn otherwise "
+                "from here on. Machines that share no disk have each written their own; put them together.",
+                stacklevel=2,
+            )
+    sees = _sees_the_first(trainer, output)
+    # The first process of another machine would write its checkpoints over those of the first machine.
+    if any(gather_object([args.save_on_each_node and sees and args.process_index > args.local_process_index == 0])):
+        raise TrainingError(f"The machines share the disk of {output}: leave save_on_each_node out.")
+    blind = _blind(sees)
     told = f"{blind} does not see what the first one writes into {output}."
     if blind and spread:
         raise TrainingError(f"{told} With spread_hookpoints: true all machines must share the disk of output_dir.")
-    if blind and trainer.is_world_process_zero():
+    if blind and not args.save_on_each_node and trainer.is_world_process_zero():
         warnings.warn(
             f"{told} If this run is interrupted it cannot go on. Let all machines share the disk of output_dir, or "
             "set save_on_each_node: true.",
@@ -50,11 +60,16 @@ def check_shared(trainer: Trainer, checkpoint: str | None) -> None:
         )
 
 
+def told_by_first(value: Any) -> Any:
+    """What the first process has, in all processes; each of them must call this."""
+    told = [value]
+    broadcast_object_list(told)
+    return told[0]
+
+
 def _sees_the_first(trainer: Trainer, output: Path) -> bool:
     """By a new name, which no network disk can remember as absent."""
-    name = [f".seen-{secrets.token_hex(8)}"]
-    broadcast_object_list(name)
-    mark = output / name[0]
+    mark = output / told_by_first(f".seen-{secrets.token_hex(8)}")
     if trainer.is_world_process_zero():
         mark.touch()
     trainer.accelerator.wait_for_everyone()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints import newest_whole, set_torn_aside
@@ -40,7 +39,7 @@ from .prepare import read_rows, training_questions
 from .response_only import mark_responses
 from .sampled_text import TEXT, TOKENS
 from .settings import RunArguments, RunSettings
-from .shared_disk import check_shared
+from .shared_disk import check_shared, told_by_first
 
 ADAPTER, TUNING, STAGE1, SECONDS = "adapter", "tuning.json", "stage1.json", "seconds.json"
 
@@ -284,12 +283,11 @@ def train_from_last_checkpoint(trainer: Trainer, every: int = 1) -> float:
 def _last_checkpoint(trainer: Trainer) -> str | None:
     """The newest whole checkpoint, as the first process sees it: all must take the same."""
     output = Path(str(trainer.args.output_dir))
-    found: list[Any] = [None]
+    newest = None
     if trainer.is_world_process_zero():
         set_torn_aside(output)
-        found = [str(newest) if (newest := newest_whole(output)) is not None else None]
-    broadcast_object_list(found)
-    return found[0]
+        newest = newest_whole(output)
+    return told_by_first(None if newest is None else str(newest))
 
 
 def warned_of(trainer: Trainer) -> dict[str, list[str]]:

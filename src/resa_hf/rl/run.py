@@ -17,6 +17,7 @@ from ..experiment.inputs import INPUTS, check_inputs
 from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, told_of
 from ..experiment.report import versions
+from ..experiment.shared_disk import told_by_first
 from ..experiment.stages import train_from_last_checkpoint, warned_of
 from ..guards import Guarded, check_token_id
 from ..models import load_causal_lm, load_tokenizer
@@ -54,7 +55,7 @@ def train_rl(
     train, held_out, told = _read(data, tokenizer, args)
     settings = {"settings": given, "data": told["fingerprint"]}
     path = output / "report.json"
-    if path.is_file():
+    if told_by_first(path.is_file()):
         check_settings(output, settings)
         return path  # finished before
     trainer = _trainer(model_args, lora, args, train, tokenizer)

@@ -69,7 +69,7 @@ def load_sae(
         root, sae_id = _download(place, sae_id)
     if sae_id is None:
         sae_id = _only_sae(place, _local_saes(root))
-    if not (root / sae_id).is_dir():
+    if not os.path.isdir(root / sae_id):
         raise IncompatibleSAEError(
             f"{str(place)!r} has no folder {sae_id!r}. SAEs there: {_listed(_local_saes(root))}."
         )
