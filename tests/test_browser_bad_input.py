@@ -16,19 +16,19 @@ PATHS = ["/etc/passwd", "../../etc/passwd", MARKUP]
 
 def assert_refused(page: Page, button: str, told: str | re.Pattern[str]) -> None:
     """After the button there is a message with these words, as text, and no trace."""
-    press(page, button)
+    ask(page, button)
     expect(message(page)).to_contain_text(told)
     assert "Traceback" not in message(page).inner_text()
     assert message(page).locator("*").count() == 0
     close_message(page)
 
 
-def solve(page: Page) -> None:
-    """Presses Solve until the press counts: one that comes before the last answer has quite ended does nothing."""
+def ask(page: Page, button: str) -> None:
+    """Presses it until the press counts: one that comes before the last answer has quite ended does nothing."""
     for last in (False,) * 20 + (True,):
         try:
             with page.expect_request(lambda request: "/queue/join" in request.url, timeout=1000):
-                press(page, "Solve")
+                press(page, button)
             return
         except TimeoutError:
             if last:
@@ -39,7 +39,7 @@ def assert_works(page: Page) -> None:
     go_to(page, "Solve")
     field(page, "Problem").fill(PROBLEM)
     expect(field(page, "Problem")).to_have_value(PROBLEM)
-    solve(page)
+    ask(page, "Solve")
     expect(side(page, "With adapters")).to_contain_text("✓ right answer 0")
     assert page.evaluate("window.ran") is None
 
@@ -60,7 +60,7 @@ def test_problems(open_page: OpenPage) -> None:
     field(page, "Right answer").fill(MARKUP)
     for text in ("七加八等于几", "كم يساوي ٧ + ٨", "🙂👩‍👩‍👧", MARKUP):
         problem.fill(text)
-        solve(page)
+        ask(page, "Solve")
         expect(page.locator(".pending")).to_have_count(0)  # so what is shown is this problem's
         expect(tuned).to_contain_text(re.compile(r"\d+ tokens(?! so far)"))
     assert page.locator("[onerror]").count() == 0
