@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from ..arguments import DataArguments
 from ..evaluation.cost import Cost, current_device
 from ..evaluation.movement import movement
+from ..evaluation.share import Share
 from ..evaluation.tables import finite
 from ..experiment.folder import claim, read_json, write_json
 from ..experiment.inputs import check_inputs
@@ -19,7 +20,6 @@ from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, tokenize, told_of
 from ..experiment.report import versions
 from ..experiment.response_only import mark_responses
-from ..experiment.shared_disk import told_by_first
 from ..experiment.stages import tokens_trained_on, train_from_last_checkpoint, warned_of
 from ..provenance import Revisions, data_revisions
 from ..sae.metadata import ce_recovered
@@ -80,7 +80,7 @@ def run_stage(
     claim(output, {"settings": settings, "data": told["fingerprint"]})
     check_inputs(output, revisions)
     path = output / "report.json"
-    if told_by_first(path.is_file()):
+    if Share.of_training(trainer.args).of_first(path.is_file()):
         if path.is_file():
             read_json(path)  # not one that was cut
         return path  # finished before

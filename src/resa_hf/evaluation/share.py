@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from transformers import TrainingArguments
 
 from ..precision import runnable_device
 
@@ -36,6 +37,11 @@ class Share:
             return cls()
         state = PartialState(cpu=runnable_device().type == "cpu", timeout=_PATIENCE)
         return cls(state.process_index, state.num_processes)
+
+    @classmethod
+    def of_training(cls, args: TrainingArguments) -> "Share":
+        """This process' share where a trainer's settings have found the others."""
+        return cls(args.process_index, args.world_size)
 
     @property
     def is_first(self) -> bool:

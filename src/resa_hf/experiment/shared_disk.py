@@ -3,12 +3,12 @@
 import secrets
 import warnings
 from pathlib import Path
-from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import Trainer
 
 from ..errors import TrainingError
+from ..evaluation.share import Share
 from ..sae.config import SAETrainingConfig
 
 
@@ -60,16 +60,9 @@ def check_shared(trainer: Trainer, checkpoint: str | None) -> None:
         )
 
 
-def told_by_first(value: Any) -> Any:
-    """What the first process has, in all processes; each of them must call this."""
-    told = [value]
-    broadcast_object_list(told)
-    return told[0]
-
-
 def _sees_the_first(trainer: Trainer, output: Path) -> bool:
     """By a new name, which no network disk can remember as absent."""
-    mark = output / told_by_first(f".seen-{secrets.token_hex(8)}")
+    mark = output / Share.of_training(trainer.args).of_first(f".seen-{secrets.token_hex(8)}")
     if trainer.is_world_process_zero():
         mark.touch()
     trainer.accelerator.wait_for_everyone()

@@ -9,6 +9,7 @@ import datasets
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints import newest_whole, set_torn_aside
+from ..evaluation.share import Share
 from ..guards import unmoved
 from ..lost_loaders import loaders_explained
 from ..models import load_tokenizer
@@ -39,7 +40,7 @@ from .prepare import read_rows, training_questions
 from .response_only import mark_responses
 from .sampled_text import TEXT, TOKENS
 from .settings import RunArguments, RunSettings
-from .shared_disk import check_shared, told_by_first
+from .shared_disk import check_shared
 
 ADAPTER, TUNING, STAGE1, SECONDS = "adapter", "tuning.json", "stage1.json", "seconds.json"
 
@@ -287,7 +288,7 @@ def _last_checkpoint(trainer: Trainer) -> str | None:
     if trainer.is_world_process_zero():
         set_torn_aside(output)
         newest = newest_whole(output)
-    return told_by_first(None if newest is None else str(newest))
+    return Share.of_training(trainer.args).of_first(None if newest is None else str(newest))
 
 
 def warned_of(trainer: Trainer) -> dict[str, list[str]]:

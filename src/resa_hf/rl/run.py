@@ -11,13 +11,13 @@ from ..adapters import base_of_adapter
 from ..arguments import DataArguments, LoraArguments, ModelArguments
 from ..checkpoints import WholeCheckpoints
 from ..evaluation.cost import Cost, current_device
+from ..evaluation.share import Share
 from ..evaluation.tables import finite, markdown
 from ..experiment.folder import check_settings, claim, write_json, write_whole
 from ..experiment.inputs import INPUTS, check_inputs
 from ..experiment.manifest import note_start
 from ..experiment.prepare import MEASURED_DOCUMENTS, load_rows, split_rows, told_of
 from ..experiment.report import versions
-from ..experiment.shared_disk import told_by_first
 from ..experiment.stages import train_from_last_checkpoint, warned_of
 from ..guards import Guarded, check_token_id
 from ..models import load_causal_lm, load_tokenizer
@@ -55,7 +55,7 @@ def train_rl(
     train, held_out, told = _read(data, tokenizer, args)
     settings = {"settings": given, "data": told["fingerprint"]}
     path = output / "report.json"
-    if told_by_first(path.is_file()):
+    if Share.of_training(args).of_first(path.is_file()):
         check_settings(output, settings)
         return path  # finished before
     trainer = _trainer(model_args, lora, args, train, tokenizer)
